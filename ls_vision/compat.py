@@ -1,0 +1,143 @@
+"""Drop-in replacements for the released implementation's modules and arch strings."""
+from typing import Any, Dict, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from .layers import LongShortAttention2d
+
+
+class AttentionLS(LongShortAttention2d):
+    """The released attention module: its constructor, its call, its state-dict keys.
+
+    Replace `from ... import AttentionLS` by `from ls_vision.compat import AttentionLS`; state dicts load unchanged, in
+    both directions. Beyond the released module it takes any grid, any number of global tokens and both of their
+    variants in use.
+    """
+
+    def __init__(
+            self,
+            dim: int,
+            num_heads: int = 8,
+            qkv_bias: bool = False,
+            qk_scale: Optional[float] = None,
+            attn_drop: float = 0.,
+            proj_drop: float = 0.,
+            rpe: bool = False,
+            nglo: int = 1,
+            dp_rank: int = 2,
+            w: int = 2,
+            global_attention: str = 'post',
+            device=None,
+            dtype=None,
+    ):
+        """
+        Args:
+            dim: Channels of the tokens.
+            num_heads: Number of heads.
+            qkv_bias: Add a bias to queries, keys and values.
+            qk_scale: Factor on the logits, (dim / num_heads) ** -0.5 by default.
+            attn_drop: Dropout rate of the attention weights.
+            proj_drop: Dropout rate of the output.
+            rpe: Add the released relative position bias to the window's logits.
+            nglo: Number of leading global tokens.
+            dp_rank: r, rank of the dynamic projection.
+            w: Window size.
+            global_attention: 'post' (released ImageNet weights) or 'pre' (forks whose global tokens attend to local
+                keys and values instead of local outputs).
+
+        Raises:
+            ValueError: An argument is out of range or does not fit another.
+        """
+        super().__init__(
+            dim,
+            num_heads,
+            window_size=w,
+            rank=dp_rank,
+            num_global_tokens=nglo,
+            qkv_bias=qkv_bias,
+            rel_pos_bias='released' if rpe else None,
+            global_attention=global_attention,
+            scale=qk_scale or None,
+            attn_drop=attn_drop,
+            proj_drop=proj_drop,
+            device=device,
+            dtype=dtype,
+        )
+        if dp_rank == 0:
+            # the released module has this key whether or not it is used; frozen, so that no optimiser misses a gradient
+            self.dual_ln_dp = torch.nn.LayerNorm(dim, device=device, dtype=dtype).requires_grad_(False)
+
+    def _init_buffers(self) -> None:
+        super()._init_buffers()
+        # released state dicts hold the index
+        self.register_buffer('relative_position_index', self.relative_position_index, persistent=True)
+
+    def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args: Any) -> None:
+        if self.relative_position_index is not None:
+            # it follows from the window size; the loaded one adds nothing and may have been left out
+            state_dict[prefix + 'relative_position_index'] = self.relative_position_index
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def forward(self, x: Tensor, nx: Optional[int] = None, ny: Optional[int] = None) -> Tensor:  # type: ignore[override]
+        """
+        Args:
+            x: (B, nglo + nx * ny, dim), global tokens first, then the grid row by row.
+            nx: Rows of the grid; without it the grid is square.
+            ny: Columns of the grid; follows from nx by default.
+
+        Returns:
+            Same shape as x.
+
+        Raises:
+            ValueError: The number of tokens does not make such a grid.
+        """
+        return super().forward(x, _grid(x.shape[1] - self.num_global_tokens, nx, ny))
+
+
+def _grid(num_tokens: int, nx: Optional[int], ny: Optional[int]) -> Tuple[int, int]:
+    """(rows, columns) of a grid of `num_tokens`, of which one or both may be left open."""
+    if nx is None and ny is not None:
+        raise ValueError(f'ny is {ny} without nx; give nx, both or none.')
+    if nx is None:
+        nx = int(num_tokens ** 0.5 + 0.5)
+        if nx * nx != num_tokens:
+            raise ValueError(f'{num_tokens} local tokens do not make a square grid; pass nx (rows) and ny (columns).')
+    if ny is None:
+        ny = num_tokens // nx if nx > 0 else 0
+    if nx * ny != num_tokens:
+        raise ValueError(f'{num_tokens} local tokens do not make a grid of nx {nx} x ny {ny}.')
+    return nx, ny
+
+
+def arch_to_model_args(arch: str) -> Dict[str, Any]:
+    """Translates an arch string of the released ImageNet code into arguments of `ls_vision.models.LongShortViL`.
+
+    A stage reads `l1,h3,d96,n1,s1,g1,p4,f7,a0,r8`: stage number, heads, width, depth, long-short (1) or full (0)
+    attention, global tokens, patch size, window size, absolute position (only 0) and rank; stages are joined by `_`.
+
+    Args:
+        arch: For example `l1,h3,d96,n1,s1,g1,p4,f7,a0,r8_l2,h3,d192,n2,s1,g1,p2,f7,a0,r8_...`.
+
+    Returns:
+        Keyword arguments for `timm.create_model('vil_ls_medium', **args)` or the class itself.
+
+    Raises:
+        ValueError: A stage asks for something that no released checkpoint has (absolute positions, other patch sizes).
+    """
+    defaults = dict(l=1, h=3, d=192, n=1, s=1, g=1, p=2, f=7, a=1, r=0)
+    stages = [{**defaults, **{item[0]: int(item[1:]) for item in stage.split(',')}} for stage in arch.split('_')]
+    if any(stage['a'] for stage in stages):
+        raise ValueError(f'arch {arch!r} has absolute position embeddings (a1); only relative ones (a0) are supported.')
+    if any(stage['p'] != 2 for stage in stages[1:]):
+        raise ValueError(f'arch {arch!r} has patch sizes {[s["p"] for s in stages]}; after the first only 2 is supported.')
+    return dict(
+        patch_size=stages[0]['p'],
+        embed_dims=tuple(s['d'] for s in stages),
+        depths=tuple(s['n'] for s in stages),
+        num_heads=tuple(s['h'] for s in stages),
+        attn_types=tuple('long-short' if s['s'] else 'full' for s in stages),
+        window_size=tuple(s['f'] for s in stages),
+        rank=tuple(s['r'] for s in stages),
+        num_global_tokens=tuple(s['g'] for s in stages),
+    )

@@ -1,0 +1,22 @@
+"""Checks of arguments that several layers share: one clear error that prints the value and what is accepted."""
+from typing import Any, Sequence, Tuple
+
+
+def check_heads(dim: int, num_heads: int) -> None:
+    """Raises ValueError where channels can't be divided among heads."""
+    if num_heads < 1 or dim % num_heads:
+        raise ValueError(f'dim {dim} is not divisible by num_heads {num_heads}.')
+
+
+def check_choice(name: str, value: Any, accepted: Sequence[Any]) -> None:
+    """Raises ValueError where a value is none of those accepted."""
+    if value not in accepted:
+        raise ValueError(f'{name} is {value!r}, expected one of {", ".join(repr(a) for a in accepted)}.')
+
+
+def check_token_count(num_tokens: int, num_global_tokens: int, feat_size: Tuple[int, int]) -> None:
+    """Raises ValueError where a sequence is not the global tokens and a grid."""
+    if num_tokens != num_global_tokens + feat_size[0] * feat_size[1]:
+        raise ValueError(
+            f'Got {num_tokens} tokens, but a grid of {feat_size[0]} x {feat_size[1]} with {num_global_tokens} '
+            f'global tokens has {num_global_tokens + feat_size[0] * feat_size[1]}.')

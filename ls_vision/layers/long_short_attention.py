@@ -1,0 +1,267 @@
+"""Long-short attention over a 2-D grid of tokens (Zhu et al., NeurIPS 2021, arXiv 2107.02192).
+
+Shapes: B batch, H x W grid, N = H * W local tokens, g global tokens, L = g + N, C channels, h heads, d = C / h,
+r rank, M = r + g additional keys, w window size, Q = w * w queries and K keys of a window.
+"""
+from typing import Final, Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+from timm.layers import trunc_normal_, use_fused_attn
+from timm.models import register_notrace_function
+from torch import Tensor, nn
+
+from ..ops import long_short_attention
+from ..ops.tiles import gather_tiles, merge_windows
+from .checks import check_choice, check_heads, check_token_count
+from .position_bias import WINDOW_BIASES, resize_window_bias, window_bias_index, window_bias_rows
+from .projection import ConvDynamicProjection, ConvQKV, LinearDynamicProjection, LinearQKV
+
+# reason for all four: sizes that are Proxies would decide control flow or go into arange
+register_notrace_function(long_short_attention)
+register_notrace_function(gather_tiles)
+register_notrace_function(merge_windows)
+register_notrace_function(check_token_count)
+
+GLOBAL_ATTENTIONS = ('post', 'pre')
+
+
+class LongShortAttention2d(nn.Module):
+    """Attention to a window around each token and to r summaries of the whole image, in one softmax.
+
+    Works on any grid, also one that is not square or not divisible by the window, and on another one in every call.
+    Global tokens come first in the sequence. The parameter names are those of the released implementation.
+    """
+    fused_attn: Final[bool]
+
+    def __init__(
+            self,
+            dim: int,
+            num_heads: int = 8,
+            window_size: int = 7,
+            rank: int = 8,
+            num_global_tokens: int = 0,
+            qkv_bias: bool = True,
+            rel_pos_bias: Optional[str] = 'released',
+            global_attention: str = 'post',
+            dual_ln: bool = True,
+            conv_projection: bool = False,
+            scale: Optional[float] = None,
+            attn_drop: float = 0.,
+            proj_drop: float = 0.,
+            device=None,
+            dtype=None,
+    ):
+        """
+        Args:
+            dim: C, channels of the tokens.
+            num_heads: h.
+            window_size: w, queries of a window per side; 0 attends to the summaries and global tokens alone.
+            rank: r, number of summaries per head; 0 attends to the window and global tokens alone.
+            num_global_tokens: g, leading tokens that attend to all and that all attend to.
+            qkv_bias: Add a bias to queries, keys and values.
+            rel_pos_bias: Relative position bias of the window: 'released' (indexed as the released weights are,
+                offsets share entries), 'unique' (an entry for each offset, better for new training) or None.
+            global_attention: Keys of the global tokens: 'post' the local tokens' outputs (released ImageNet weights),
+                'pre' their keys and values.
+            dual_ln: Normalise keys and values of window and summaries to one scale (paper, section 3.3).
+            conv_projection: Convolutional projections as in CvT instead of linear ones; needs num_global_tokens 0.
+            scale: Factor on the logits, (dim / num_heads) ** -0.5 by default.
+            attn_drop: Dropout rate of the attention weights of local tokens.
+            proj_drop: Dropout rate of the output.
+
+        Raises:
+            ValueError: An argument is out of range or does not fit another.
+        """
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        check_heads(dim, num_heads)
+        for name, value in dict(window_size=window_size, rank=rank, num_global_tokens=num_global_tokens).items():
+            if value < 0:
+                raise ValueError(f'{name} is {value}, expected 0 or more.')
+        if window_size == 0 and rank + num_global_tokens == 0:
+            raise ValueError('window_size, rank and num_global_tokens are all 0: there is nothing to attend to.')
+        if rel_pos_bias is not None:
+            check_choice('rel_pos_bias', rel_pos_bias, (*WINDOW_BIASES, None))
+            if window_size < 1:
+                raise ValueError(f'window_size is {window_size}, a window with a position bias needs 1 or more.')
+        check_choice('global_attention', global_attention, GLOBAL_ATTENTIONS)
+        if conv_projection and num_global_tokens:
+            raise ValueError(f'num_global_tokens is {num_global_tokens}, convolutional projections allow only 0.')
+
+        self.dim = dim
+        self.num_heads = num_heads
+        self.window_size = window_size
+        self.rank = rank
+        self.num_global_tokens = num_global_tokens
+        self.rel_pos_bias = rel_pos_bias
+        self.global_attention = global_attention
+        self.scale = (dim // num_heads) ** -0.5 if scale is None else scale
+        self.fused_attn = use_fused_attn()
+
+        self.qkv = (ConvQKV if conv_projection else LinearQKV)(dim, bias=qkv_bias, **dd)
+        self.dual_ln_full = nn.LayerNorm(dim, **dd) if dual_ln else nn.Identity()
+        if rank > 0:
+            projection = ConvDynamicProjection if conv_projection else LinearDynamicProjection
+            self.to_dynamic_projection = projection(dim, num_heads, rank, **dd)
+            self.dual_ln_dp = nn.LayerNorm(dim, **dd) if dual_ln else nn.Identity()
+        else:
+            self.to_dynamic_projection = None
+            self.dual_ln_dp = None
+        if rel_pos_bias is not None:
+            rows = window_bias_rows(window_size, rel_pos_bias)
+            self.local_relative_position_bias_table = nn.Parameter(torch.empty(rows, num_heads, **dd))
+        else:
+            self.local_relative_position_bias_table = None
+        self._init_buffers()
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialises the module's own parameter, the bias table, and its index."""
+        if self.local_relative_position_bias_table is not None:
+            trunc_normal_(self.local_relative_position_bias_table, std=.02)
+        self._init_buffers()
+
+    def init_non_persistent_buffers(self) -> None:
+        """Recomputes what no checkpoint holds."""
+        self._init_buffers()
+
+    def _init_buffers(self) -> None:
+        index = None
+        if self.local_relative_position_bias_table is not None and self.rel_pos_bias is not None:
+            device = self.local_relative_position_bias_table.device
+            index = window_bias_index(self.window_size, self.rel_pos_bias, device)
+        self.register_buffer('relative_position_index', index, persistent=False)
+
+    @torch.jit.ignore
+    def set_window_size(self, window_size: int) -> None:
+        """Changes the window; the bias table is resampled to the new one.
+
+        Raises:
+            ValueError: The module has a window and the new one is not 1 or more, or it has none.
+        """
+        if window_size == self.window_size:
+            return
+        if self.window_size == 0 or window_size < 1:
+            raise ValueError(f'Cannot change window_size from {self.window_size} to {window_size}, both must be > 0.')
+        table = self.local_relative_position_bias_table
+        self.window_size = window_size
+        if table is not None and self.rel_pos_bias is not None:
+            resized = resize_window_bias(table.detach(), window_size, self.rel_pos_bias)
+            self.local_relative_position_bias_table = nn.Parameter(resized, requires_grad=table.requires_grad)
+            self._init_buffers()
+
+    def position_bias(self) -> Optional[Tensor]:
+        """(h, Q, K) bias of the window's logits."""
+        table, index = self.local_relative_position_bias_table, self.relative_position_index
+        if table is None or index is None:
+            return None
+        return table[index].permute(2, 0, 1)
+
+    def forward(self, x: Tensor, feat_size: Tuple[int, int]) -> Tensor:
+        """
+        Args:
+            x: (B, g + N, C), normalised, global tokens first, then the grid row by row.
+            feat_size: (H, W) of the grid, H * W = N.
+
+        Returns:
+            (B, g + N, C).
+
+        Raises:
+            ValueError: The grid does not match the number of tokens.
+        """
+        B, L, C = x.shape
+        H, W = feat_size
+        g, h = self.num_global_tokens, self.num_heads
+        check_token_count(L, g, feat_size)
+
+        q, k, v = self.qkv(x, feat_size).unbind(2)  # (B, L, C) each
+        # autocast leaves normalised tensors in float32
+        k, v = self.dual_ln_full(k).to(q.dtype), self.dual_ln_full(v).to(q.dtype)
+        additional_keys, additional_values = self._additional_keys(x, k, v, feat_size)  # (B, M, h, d)
+
+        query = q[:, g:].reshape(B, H, W, h, C // h)
+        key = k[:, g:].reshape(B, H, W, h, C // h)
+        value = v[:, g:].reshape(B, H, W, h, C // h)
+        if self.fused_attn:
+            out = long_short_attention(
+                query, key, value, self.window_size, additional_keys, additional_values, self.position_bias(),
+                scale=self.scale, dropout_p=self.attn_drop.p if self.training else 0.,
+            )
+        else:
+            out = self._unfused(query, key, value, additional_keys, additional_values, feat_size)
+        x = out.reshape(B, H * W, C)
+
+        if g > 0:
+            # the global tokens' keys and values are their own and, 'post', the local outputs or, 'pre', the local ones
+            keys = torch.cat([k[:, :g], x], dim=1) if self.global_attention == 'post' else k
+            values = torch.cat([v[:, :g], x], dim=1) if self.global_attention == 'post' else v
+            x = torch.cat([self._attend_globally(q[:, :g], keys, values), x], dim=1)
+        return self.proj_drop(self.proj(x))
+
+    def _additional_keys(
+            self,
+            x: Tensor,
+            k: Tensor,
+            v: Tensor,
+            feat_size: Tuple[int, int],
+    ) -> Tuple[Optional[Tensor], Optional[Tensor]]:
+        """Keys and values that every local token sees, (B, M, h, d) each: r summaries, then g global tokens."""
+        B, L, C = x.shape
+        g, h = self.num_global_tokens, self.num_heads
+        keys, values = k[:, :g], v[:, :g]  # (B, g, C)
+        if self.to_dynamic_projection is not None and self.dual_ln_dp is not None:
+            p = self.to_dynamic_projection(x[:, g:], feat_size)  # (B, h, r, N)
+            k_long = p @ k[:, g:].reshape(B, L - g, h, C // h).transpose(1, 2)  # (B, h, r, d)
+            v_long = p @ v[:, g:].reshape(B, L - g, h, C // h).transpose(1, 2)
+            k_long = self.dual_ln_dp(k_long.transpose(1, 2).flatten(2)).to(k.dtype)  # (B, r, C)
+            v_long = self.dual_ln_dp(v_long.transpose(1, 2).flatten(2)).to(v.dtype)
+            keys, values = torch.cat([k_long, keys], dim=1), torch.cat([v_long, values], dim=1)
+        elif g == 0:
+            return None, None
+        return keys.reshape(B, -1, h, C // h), values.reshape(B, -1, h, C // h)
+
+    def _unfused(
+            self,
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            additional_keys: Optional[Tensor],
+            additional_values: Optional[Tensor],
+            feat_size: Tuple[int, int],
+    ) -> Tensor:
+        """The windowed attention with its weights in the open, for inspection; (B, H, W, h, d)."""
+        q, k, v, mask = gather_tiles(
+            query, key, value, self.window_size, additional_keys, additional_values, self.position_bias())
+        attn = (q * self.scale) @ k.transpose(-2, -1)
+        if mask is not None:
+            attn = attn + mask
+        attn = attn.softmax(dim=-1)
+        attn = self.attn_drop(attn)
+        out = attn @ v
+        if self.window_size == 0:
+            return out.transpose(1, 2).reshape(query.shape)
+        return merge_windows(out, feat_size, self.window_size)
+
+    def _attend_globally(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """(B, g, C) queries and (B, L, C) keys and values -> (B, g, C)."""
+        B, g, C = q.shape
+        h = self.num_heads
+        q = q.reshape(B, g, h, C // h).transpose(1, 2)  # (B, h, g, d)
+        k = k.reshape(B, -1, h, C // h).transpose(1, 2)  # (B, h, L, d)
+        v = v.reshape(B, -1, h, C // h).transpose(1, 2)
+        if self.fused_attn:
+            out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        else:
+            out = ((q * self.scale) @ k.transpose(-2, -1)).softmax(dim=-1) @ v
+        return out.transpose(1, 2).reshape(B, g, C)
+
+    def extra_repr(self) -> str:
+        return (
+            f'dim={self.dim}, num_heads={self.num_heads}, window_size={self.window_size}, rank={self.rank}, '
+            f'num_global_tokens={self.num_global_tokens}, rel_pos_bias={self.rel_pos_bias!r}, '
+            f'global_attention={self.global_attention!r}'
+        )

@@ -1,0 +1,159 @@
+"""Relative position biases: of a window's logits, and of full attention over a grid.
+
+Both are tables with one row per relative position and one column per head. A table is first laid out as a dense map of
+offsets (rows x columns of distances) and then looked up or resampled.
+
+Shapes: h heads, w window size, p key margin, Q = w * w queries and K = (w + 2p)^2 keys of a window, g global tokens,
+H x W grid, N = H * W, S = 2 * (w + p) - 1 distinct offsets per axis of a window.
+"""
+from typing import Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..ops.geometry import key_margin, window_offsets
+
+WINDOW_BIASES = ('released', 'unique')
+
+
+def window_bias_rows(window_size: int, kind: str) -> int:
+    """Number of rows of a window's bias table."""
+    if kind == 'unique':
+        return (2 * (window_size + key_margin(window_size)) - 1) ** 2
+    half = window_size // 2
+    return 2 * (window_size + half - 1) * (2 * half + window_size + 1) + 1
+
+
+def window_bias_index(window_size: int, kind: str, device: torch.device) -> Tensor:
+    """Row of the bias table for each pair in a window.
+
+    Args:
+        window_size: w >= 1.
+        kind: 'released' numbers offsets as the released weights need it, with a row stride of 2 * (w // 2) + w, less
+            than the number of column offsets, so that distinct offsets share rows; 'unique' gives each its own.
+        device: Where to put the result.
+
+    Returns:
+        (Q, K) int64.
+    """
+    rows, cols = window_offsets(window_size, device)
+    shift = window_size + key_margin(window_size) - 1
+    if kind == 'unique':
+        return (rows + shift) * (2 * shift + 1) + cols + shift
+    if window_size == 1:
+        return torch.zeros_like(rows)  # the released table has a single row here, though a query sees 3 x 3 keys
+    return (rows + shift) * (2 * (window_size // 2) + window_size) + cols + shift
+
+
+def resize_window_bias(table: Tensor, window_size: int, kind: str) -> Tensor:
+    """Resamples a window's bias table for another window size (bicubic, over the map of offsets).
+
+    Args:
+        table: (rows, h) of any window size, of either kind.
+        window_size: w of the result.
+        kind: Kind of the result.
+
+    Returns:
+        (window_bias_rows(window_size, kind), h); the table itself where it already fits.
+
+    Raises:
+        ValueError: No window size has a table with that number of rows.
+    """
+    if table.shape[0] == window_bias_rows(window_size, kind):
+        return table
+    source, source_kind = _identify_window_bias(table.shape[0], kind)
+    size = 2 * (window_size + key_margin(window_size)) - 1
+    offsets = _offset_rows(source, source_kind, table.device)  # (S, S) of the source
+    dense = table.float().t()[:, offsets]  # (h, S, S)
+    dense = _resize_map(dense, (size, size)).flatten(1)  # (h, size * size)
+    # where offsets share a row it becomes their mean
+    target = _offset_rows(window_size, kind, table.device).flatten()
+    rows = window_bias_rows(window_size, kind)
+    total = dense.new_zeros(dense.shape[0], rows).index_add_(1, target, dense)
+    count = dense.new_zeros(rows).index_add_(0, target, torch.ones_like(dense[0]))
+    return (total / count.clamp(min=1)).t().to(table.dtype).contiguous()
+
+
+def _identify_window_bias(num_rows: int, kind: str) -> Tuple[int, str]:
+    """Window size and kind of a table with `num_rows` rows, `kind` if both would fit."""
+    for candidate in (kind, *(k for k in WINDOW_BIASES if k != kind)):
+        for window_size in range(1, 65):
+            if window_bias_rows(window_size, candidate) == num_rows:
+                return window_size, candidate
+    raise ValueError(f'A window bias table with {num_rows} rows fits no window size from 1 to 64.')
+
+
+def _offset_rows(window_size: int, kind: str, device: torch.device) -> Tensor:
+    """(S, S) row of the table for every row and column offset, both from -(w + p - 1) up."""
+    rows, cols = window_offsets(window_size, device)
+    index = window_bias_index(window_size, kind, device)
+    shift = window_size + key_margin(window_size) - 1
+    size = 2 * shift + 1
+    out = torch.zeros(size * size, dtype=index.dtype, device=device)
+    out[((rows + shift) * size + cols + shift).flatten()] = index.flatten()
+    return out.view(size, size)
+
+
+def grid_bias_rows(feat_size: Tuple[int, int]) -> int:
+    """Number of rows of full attention's bias table for a grid."""
+    return (2 * feat_size[0] - 1) * (2 * feat_size[1] - 1)
+
+
+def resize_grid_bias(table: Tensor, feat_size: Tuple[int, int], new_feat_size: Tuple[int, int]) -> Tensor:
+    """Resamples full attention's bias table for another grid (bicubic, differentiable).
+
+    Args:
+        table: ((2H - 1) * (2W - 1), h) for `feat_size`.
+        feat_size: (H, W) of the table.
+        new_feat_size: (H', W') of the result.
+
+    Returns:
+        ((2H' - 1) * (2W' - 1), h); the table itself where the grid is the same.
+    """
+    if feat_size[0] == new_feat_size[0] and feat_size[1] == new_feat_size[1]:
+        return table
+    size = (2 * feat_size[0] - 1, 2 * feat_size[1] - 1)
+    dense = table.t().reshape(table.shape[1], size[0], size[1]).float()  # (h, 2H - 1, 2W - 1)
+    dense = _resize_map(dense, (2 * new_feat_size[0] - 1, 2 * new_feat_size[1] - 1))
+    return dense.flatten(1).t().to(table.dtype)
+
+
+def grid_bias(
+        table: Tensor,
+        global_to_global: Optional[Tensor],
+        global_and_local: Optional[Tensor],
+        feat_size: Tuple[int, int],
+        new_feat_size: Tuple[int, int],
+) -> Tensor:
+    """Bias of full attention over [global tokens | grid].
+
+    Args:
+        table: ((2H - 1) * (2W - 1), h), row (dy + H - 1) * (2W - 1) + dx + W - 1 for distance (dy, dx).
+        global_to_global: (h, g, g); None without global tokens.
+        global_and_local: (2, h, g), None without global tokens; added to logits of global queries with local keys and of local with global.
+        feat_size: (H, W) of the table.
+        new_feat_size: (H', W') of the tokens, N of them; the table is resampled where it differs.
+
+    Returns:
+        (h, g + N, g + N).
+    """
+    H, W = new_feat_size
+    h = table.shape[1]
+    table = resize_grid_bias(table, feat_size, new_feat_size)
+    row = torch.arange(H, device=table.device)
+    col = torch.arange(W, device=table.device)
+    rows = row[:, None] - row[None, :] + (H - 1)  # (H, H)
+    cols = col[:, None] - col[None, :] + (W - 1)  # (W, W)
+    index = rows[:, None, :, None] * (2 * W - 1) + cols[None, :, None, :]  # (H, W, H, W)
+    local = table[index.reshape(-1)].reshape(H * W, H * W, h).permute(2, 0, 1)  # (h, N, N)
+    if global_to_global is None or global_and_local is None:
+        return local.contiguous()
+    top = torch.cat([global_to_global, global_and_local[0].unsqueeze(2).expand(-1, -1, H * W)], dim=2)
+    bottom = torch.cat([global_and_local[1].unsqueeze(1).expand(-1, H * W, -1), local], dim=2)
+    return torch.cat([top, bottom], dim=1)
+
+
+def _resize_map(x: Tensor, size: Tuple[int, int]) -> Tensor:
+    """(h, rows, columns) -> (h, *size)."""
+    return F.interpolate(x.unsqueeze(0), size=size, mode='bicubic', align_corners=False).squeeze(0)

@@ -1,0 +1,357 @@
+"""What ViL-LS and CvT-LS share: blocks, stages, and everything that timm expects of a hierarchical backbone.
+
+A stage takes and returns one NCHW tensor; global tokens live and die inside it.
+
+Shapes: B batch, H x W grid, N = H * W local tokens, g global tokens, L = g + N, C channels.
+"""
+from functools import partial
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Set, Tuple, Type, Union
+
+import torch
+from timm.layers import ClassifierHead, DropPath, Mlp, get_device_dtype, trunc_normal_
+from timm.models import checkpoint
+from timm.models._features import feature_take_indices
+from timm.models._input import update_model_input_size
+from torch import Tensor, nn
+
+from ..layers import FullAttention2d, LongShortAttention2d
+from ..layers.patch_embed import PatchEmbed, check_image_size
+from ._checkpoint import describe_mismatch
+
+ATTN_TYPES = ('long-short', 'full')
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: attention, then MLP, each with a residual."""
+
+    def __init__(
+            self,
+            dim: int,
+            attn: nn.Module,
+            mlp_ratio: float,
+            proj_drop: float,
+            drop_path: float,
+            act_layer: Type[nn.Module],
+            norm_layer: Callable[..., nn.Module],
+            device=None,
+            dtype=None,
+    ):
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.norm1 = norm_layer(dim, **dd)
+        self.attn = attn
+        self.drop_path1 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
+        self.norm2 = norm_layer(dim, **dd)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=proj_drop, **dd)
+        self.drop_path2 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
+
+    def forward(self, x: Tensor, feat_size: Tuple[int, int]) -> Tensor:
+        """(B, L, C) -> (B, L, C)."""
+        x = x + self.drop_path1(self.attn(self.norm1(x), feat_size))
+        x = x + self.drop_path2(self.mlp(self.norm2(x)))
+        return x
+
+
+class Stage(nn.Module):
+    """Token embedding, global tokens and blocks."""
+
+    def __init__(
+            self,
+            patch_embed: PatchEmbed,
+            blocks: Sequence[Block],
+            dim: int,
+            num_global_tokens: int = 0,
+            device=None,
+            dtype=None,
+    ):
+        super().__init__()
+        self.grad_checkpointing = False
+        self.num_global_tokens = num_global_tokens
+        self.patch_embed = patch_embed
+        self.global_tokens = None
+        if num_global_tokens > 0:
+            self.global_tokens = nn.Parameter(torch.empty(1, num_global_tokens, dim, device=device, dtype=dtype))
+        self.blocks = nn.ModuleList(blocks)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialises the module's own parameter, the global tokens."""
+        if self.global_tokens is not None:
+            trunc_normal_(self.global_tokens, std=.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C', H', W') -> (B, C, H, W), channels last in memory."""
+        x = self.patch_embed(x)
+        B, H, W, C = x.shape
+        x = x.reshape(B, H * W, C)
+        if self.global_tokens is not None:
+            x = torch.cat([self.global_tokens.expand(B, -1, -1).to(x.dtype), x], dim=1)  # (B, L, C)
+        for block in self.blocks:
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint(block, x, (H, W))
+            else:
+                x = block(x, (H, W))
+        x = x[:, self.num_global_tokens:]
+        return x.reshape(B, H, W, C).permute(0, 3, 1, 2)
+
+
+class HierarchicalTransformer(nn.Module):
+    """Stages, final norm and classifier, with timm's interface; subclasses build the stages and call `_finish`."""
+
+    def _finish(
+            self,
+            stages: Sequence[Stage],
+            img_size: Tuple[int, int],
+            window_sizes: Sequence[int],
+            in_chans: int,
+            num_classes: int,
+            global_pool: str,
+            drop_rate: float,
+            norm_layer: Callable[..., nn.Module],
+            dd: Dict[str, Any],
+    ) -> None:
+        """Sets what every model has after its stages, and initialises the weights.
+
+        Args:
+            stages: In order of their strides.
+            img_size: (H, W) in pixels that position tables are made for.
+            window_sizes: One per stage.
+            in_chans: Channels of the image.
+            num_classes: Width of the classifier, 0 for none.
+            global_pool: timm's pooling name, '' for none.
+            drop_rate: Dropout rate in front of the classifier.
+            norm_layer: Final norm, called as norm_layer(dim, device=, dtype=).
+            dd: Device and dtype.
+        """
+        self.img_size = img_size
+        self.in_chans = in_chans
+        self.num_classes = num_classes
+        self.global_pool = global_pool
+        self.window_sizes = tuple(window_sizes)
+        self.feature_info: List[Dict[str, Any]] = []
+        reduction = 1
+        for i, stage in enumerate(stages):
+            reduction *= stage.patch_embed.stride
+            self.feature_info.append(
+                dict(num_chs=stage.patch_embed.proj.out_channels, reduction=reduction, module=f'stages.{i}'))
+        self.num_features = self.head_hidden_size = self.feature_info[-1]['num_chs']
+
+        self.stages = nn.Sequential(*stages)
+        self.norm = norm_layer(self.num_features, **dd)
+        self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
+        self.head_hidden_size = self.head.num_features
+        self.init_weights(needs_reset=False)
+
+    @torch.jit.ignore
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """Initialises all weights, also those of a model that `to_empty` left without any."""
+        self.apply(partial(self._init_weights, needs_reset=needs_reset))
+
+    def _init_weights(self, m: nn.Module, needs_reset: bool = True) -> None:
+        if isinstance(m, nn.Linear):
+            trunc_normal_(m.weight, std=.02)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+        elif needs_reset and hasattr(m, 'reset_parameters'):
+            m.reset_parameters()
+
+    @torch.jit.ignore
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Loads native and released checkpoints, resampling position tables to this model's size.
+
+        Raises:
+            RuntimeError: The checkpoint is of another architecture; says which keys differ.
+        """
+        state_dict = self.filter_state_dict(state_dict)
+        try:
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        except RuntimeError:
+            mismatch = describe_mismatch(self.state_dict(), state_dict)
+            if not mismatch:
+                raise
+            raise RuntimeError(f'The checkpoint does not fit this {type(self).__name__}: {mismatch}.') from None
+
+    def filter_state_dict(self, state_dict: Mapping[str, Any]) -> Dict[str, Any]:
+        """The state dict with this model's key names and table sizes."""
+        raise NotImplementedError
+
+    @torch.jit.ignore
+    def set_input_size(
+            self,
+            img_size: Optional[Union[int, Tuple[int, int]]] = None,
+            window_size: Optional[Union[int, Sequence[int]]] = None,
+    ) -> None:
+        """Makes another size the one that position tables are made for; they are resampled.
+
+        Any image size is accepted without this call, which makes the interpolation permanent (bit-identical outputs).
+
+        Args:
+            img_size: (H, W) in pixels or one number for both; None leaves it.
+            window_size: Window of all long-short stages, or one for each stage; None leaves them.
+
+        Raises:
+            ValueError: A size is out of range; nothing is changed then.
+        """
+        new_img_size = self.img_size if img_size is None else image_size(img_size)
+        windows = self.window_sizes
+        if window_size is not None:
+            windows = per_stage('window_size', window_size, len(self.stages))
+            check_window_sizes(windows)
+        check_image_size(new_img_size[0], new_img_size[1], self.stages[0].patch_embed.stride)
+
+        for stage, feat_size, window in zip(self.stages, feat_sizes(self.stages, new_img_size), windows):
+            for block in stage.blocks:
+                if isinstance(block.attn, FullAttention2d):
+                    block.attn.set_feat_size(feat_size)
+                elif isinstance(block.attn, LongShortAttention2d):
+                    block.attn.set_window_size(window)
+        self.img_size = new_img_size
+        self.window_sizes = windows
+        update_model_input_size(self, new_img_size, window_size=windows if window_size is not None else None)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> Set[str]:
+        """Names of global tokens and position tables."""
+        kinds = ('global_tokens', 'relative_position_bias')
+        return {name for name, _ in self.named_parameters() if any(kind in name for kind in kinds)}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
+        """Layer groups for layer-wise learning rate decay."""
+        return dict(
+            stem=r'^stages\.0\.(?:patch_embed|global_tokens)',
+            blocks=r'^stages\.(\d+)' if coarse else [
+                (r'^stages\.(\d+)\.(?:patch_embed|global_tokens)', (0,)),
+                (r'^stages\.(\d+)\.blocks\.(\d+)', None),
+                (r'^norm', (99999,)),
+            ],
+        )
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recomputes blocks in the backward pass instead of keeping what they compute."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        """Replaces the classifier; the pooling stays as it is by default."""
+        dd = get_device_dtype(self)
+        self.num_classes = num_classes
+        self.head.reset(num_classes, global_pool, in_features=self.num_features, **dd)
+        self.head_hidden_size = self.head.num_features
+        if global_pool is not None:
+            self.global_pool = global_pool
+
+    def forward_intermediates(
+            self,
+            x: Tensor,
+            indices: Optional[Union[int, List[int]]] = None,
+            norm: bool = False,
+            stop_early: bool = False,
+            output_fmt: str = 'NCHW',
+            intermediates_only: bool = False,
+    ) -> Union[List[Tensor], Tuple[Tensor, List[Tensor]]]:
+        """Final features and those of chosen stages.
+
+        Args:
+            x: (B, in_chans, H, W).
+            indices: Stages to take: all if None, the last n if a number.
+            norm: Apply the final norm to the last stage's features.
+            stop_early: Leave out stages after the last one taken.
+            output_fmt: Only 'NCHW'.
+            intermediates_only: Return the chosen features alone.
+
+        Returns:
+            Final features and a list, (B, C, H, W) each, or the list alone.
+        """
+        assert output_fmt in ('NCHW',), 'Output shape must be NCHW.'
+        intermediates = []
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        if torch.jit.is_scripting() or not stop_early:  # can't slice stages in TorchScript
+            stages = self.stages
+        else:
+            stages = self.stages[:max_index + 1]
+
+        last = len(self.stages) - 1
+        i = 0
+        for i, stage in enumerate(stages):  # noqa: B007, i says below how far the loop went
+            x = stage(x)
+            if i in take_indices:
+                intermediates.append(self._apply_norm(x) if norm and i == last else x)
+        if intermediates_only:
+            return intermediates
+        if i == last:
+            x = self._apply_norm(x)
+        return x, intermediates
+
+    def prune_intermediate_layers(
+            self,
+            indices: Union[int, List[int]] = 1,
+            prune_norm: bool = False,
+            prune_head: bool = True,
+    ) -> List[int]:
+        """Removes what the chosen stages do not need; returns their indices."""
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        prune_end = max_index < len(self.stages) - 1
+        if prune_norm or prune_end:
+            self.norm = nn.Identity()  # it is made for the last stage
+        self.stages = self.stages[:max_index + 1]
+        self.window_sizes = self.window_sizes[:max_index + 1]
+        if prune_end:
+            self.num_features = self.head_hidden_size = self.feature_info[max_index]['num_chs']
+        if prune_head or prune_end:
+            self.reset_classifier(0, '')
+        return take_indices
+
+    def _apply_norm(self, x: Tensor) -> Tensor:
+        """Norm over the channels of (B, C, H, W)."""
+        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) -> (B, C, H', W'), normalised, not pooled."""
+        return self._apply_norm(self.stages(x))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """(B, C, H, W) -> (B, num_classes), or (B, C) with `pre_logits`."""
+        return self.head(x, pre_logits=True) if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) -> (B, num_classes)."""
+        return self.forward_head(self.forward_features(x))
+
+
+def image_size(size: Union[int, Tuple[int, int]]) -> Tuple[int, int]:
+    """(H, W) of a size given as a pair or as one number."""
+    pair = (size, size) if isinstance(size, int) else tuple(size)
+    if len(pair) != 2 or any(s < 1 for s in pair):
+        raise ValueError(f'img_size is {size}, expected a positive number or a pair (height, width) of them.')
+    return int(pair[0]), int(pair[1])
+
+
+def per_stage(name: str, value: Any, num_stages: int) -> Tuple[Any, ...]:
+    """One value for each stage, of a value for all or of a sequence."""
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        return (value,) * num_stages
+    if len(value) != num_stages:
+        raise ValueError(f'{name} has {len(value)} entries {tuple(value)}, expected one for each of {num_stages} stages.')
+    return tuple(value)
+
+
+def check_window_sizes(window_sizes: Sequence[int]) -> None:
+    """Raises ValueError where a stage's window is not an integer of 0 or more."""
+    for window_size in window_sizes:
+        if not isinstance(window_size, int) or window_size < 0:
+            raise ValueError(f'window_size is {window_size!r}, expected an integer of 0 or more.')
+
+
+def feat_sizes(stages: Sequence[Stage], img_size: Tuple[int, int]) -> List[Tuple[int, int]]:
+    """(H, W) in tokens of every stage's grid for an image."""
+    sizes = []
+    for stage in stages:
+        img_size = stage.patch_embed.feat_size(img_size)
+        sizes.append(img_size)
+    return sizes

@@ -1,0 +1,215 @@
+"""CvT-LS: the Convolutional vision Transformer with long-short attention.
+
+`Long-Short Transformer: Efficient Transformers for Language and Vision`, Zhu et al., NeurIPS 2021
+    - https://arxiv.org/abs/2107.02192, section 4.2
+`CvT: Introducing Convolutions to Vision Transformers`, Wu et al., ICCV 2021 - https://arxiv.org/abs/2103.15808
+
+No code or weights were ever released; rebuilt from the paper. GMACs agree with it to 1 %; its parameter counts are
+0.6 % above this layout's (2 % below for cvt_ls_21s), for which it names no cause.
+"""
+from typing import Any, Callable, Dict, List, Mapping, Sequence, Tuple, Type, Union
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import calculate_drop_path_rates, get_act_layer, get_norm_layer
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import Tensor, nn
+
+from ..layers import FullAttention2d, LongShortAttention2d
+from ..layers.checks import check_choice
+from ..layers.patch_embed import PatchEmbed, check_image_size
+from ._checkpoint import resize_position_tables, unwrap_state_dict
+from ._hierarchical import ATTN_TYPES, Block, HierarchicalTransformer, Stage, check_window_sizes, image_size, per_stage
+
+__all__ = ['LongShortCvT']
+
+
+class LongShortCvT(HierarchicalTransformer):
+    """Hierarchical transformer with convolutional embeddings and projections, without position encoding.
+
+    Takes images of any size.
+    """
+
+    def __init__(
+            self,
+            img_size: Union[int, Tuple[int, int]] = 224,
+            patch_size: int = 7,
+            patch_stride: int = 4,
+            in_chans: int = 3,
+            num_classes: int = 1000,
+            global_pool: str = 'avg',
+            embed_dims: Sequence[int] = (64, 192, 384),
+            depths: Sequence[int] = (1, 2, 10),
+            num_heads: Union[int, Sequence[int]] = (1, 3, 6),
+            attn_types: Union[str, Sequence[str]] = 'long-short',
+            window_size: Union[int, Sequence[int]] = (8, 4, 2),
+            rank: Union[int, Sequence[int]] = (64, 16, 4),
+            dual_ln: bool = True,
+            mlp_ratio: float = 4.,
+            qkv_bias: bool = True,
+            drop_rate: float = 0.,
+            proj_drop_rate: float = 0.,
+            attn_drop_rate: float = 0.,
+            drop_path_rate: float = 0.,
+            act_layer: Union[str, Type[nn.Module]] = 'gelu',
+            norm_layer: Union[str, Callable[..., nn.Module]] = 'layernorm',
+            device=None,
+            dtype=None,
+    ):
+        """
+        Args:
+            img_size: Nominal (H, W) in pixels, or one number for both; nothing in the model depends on it.
+            patch_size: Side of the first stage's overlapping patches in pixels.
+            patch_stride: Their distance; later stages have patches of 3 at a distance of 2.
+            in_chans: Channels of the image.
+            num_classes: Width of the classifier, 0 for none.
+            global_pool: timm's pooling name, '' for none.
+            embed_dims: Channels of each stage; their number is the number of stages.
+            depths: Blocks of each stage.
+            num_heads: Heads, for all stages or each.
+            attn_types: 'long-short' or 'full', for all stages or each.
+            window_size: Window of long-short attention in tokens, for all stages or each.
+            rank: Rank of its dynamic projection, for all stages or each.
+            dual_ln: Normalise keys and values of long-short attention to one scale.
+            mlp_ratio: Hidden width of the MLP over its width.
+            qkv_bias: Add a bias to queries, keys and values.
+            drop_rate: Dropout rate in front of the classifier.
+            proj_drop_rate: Dropout rate after attention and in the MLP.
+            attn_drop_rate: Dropout rate of attention weights.
+            drop_path_rate: Stochastic depth rate of the last block; it rises linearly from 0.
+            act_layer: Activation of the MLP.
+            norm_layer: Norm of blocks, embeddings and final features.
+
+        Raises:
+            ValueError: An argument is out of range or does not fit another.
+        """
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        num_stages = len(embed_dims)
+        depths = per_stage('depths', tuple(depths), num_stages)
+        num_heads = per_stage('num_heads', num_heads, num_stages)
+        attn_types = per_stage('attn_types', attn_types, num_stages)
+        window_sizes = per_stage('window_size', window_size, num_stages)
+        ranks = per_stage('rank', rank, num_stages)
+        for attn_type in attn_types:
+            check_choice('attn_types', attn_type, ATTN_TYPES)
+        check_window_sizes(window_sizes)
+        img_size = image_size(img_size)
+        check_image_size(img_size[0], img_size[1], patch_stride)
+        act_layer, norm_layer = get_act_layer(act_layer), get_norm_layer(norm_layer)
+        dpr = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
+
+        stages: List[Stage] = []
+        for i, dim in enumerate(embed_dims):
+            prev_dim = in_chans if i == 0 else embed_dims[i - 1]
+            kernel_size, stride = (patch_size, patch_stride) if i == 0 else (3, 2)
+            patch_embed = PatchEmbed(prev_dim, dim, kernel_size, stride, (kernel_size - 1) // 2, norm_layer, **dd)
+            attn_args: Dict[str, Any] = dict(
+                num_heads=num_heads[i], qkv_bias=qkv_bias, conv_projection=True,
+                attn_drop=attn_drop_rate, proj_drop=proj_drop_rate, **dd)
+            blocks = []
+            for j in range(depths[i]):
+                attn: nn.Module
+                if attn_types[i] == 'long-short':
+                    attn = LongShortAttention2d(
+                        dim, window_size=window_sizes[i], rank=ranks[i], rel_pos_bias=None, dual_ln=dual_ln,
+                        **attn_args)
+                else:
+                    attn = FullAttention2d(dim, **attn_args)
+                blocks.append(Block(dim, attn, mlp_ratio, proj_drop_rate, dpr[i][j], act_layer, norm_layer, **dd))
+            stages.append(Stage(patch_embed, blocks, dim, **dd))
+        self._finish(
+            stages, img_size, window_sizes, in_chans, num_classes, global_pool, drop_rate, norm_layer, dd)
+
+    def filter_state_dict(self, state_dict: Mapping[str, Any]) -> Dict[str, Any]:
+        return checkpoint_filter_fn(state_dict, self)
+
+
+def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> Dict[str, Tensor]:
+    """The tensors of a checkpoint, without what training scripts put around them."""
+    return resize_position_tables(unwrap_state_dict(state_dict), model)
+
+
+def _create_cvt_ls(variant: str, pretrained: bool = False, **kwargs) -> LongShortCvT:
+    out_indices = kwargs.pop('out_indices', tuple(range(len(kwargs['embed_dims']))))
+    return build_model_with_cfg(
+        LongShortCvT, variant, pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(flatten_sequential=True, out_indices=out_indices),
+        **kwargs)
+
+
+def _cfg(**kwargs) -> Dict[str, Any]:
+    return {
+        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (14, 14),
+        'crop_pct': .875, 'interpolation': 'bicubic',
+        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'stages.0.patch_embed.proj', 'classifier': 'head.fc',
+        'paper_ids': 'arXiv:2107.02192', 'paper_name': 'Long-Short Transformer', 'license': 'mit', **kwargs
+    }
+
+
+default_cfgs = generate_default_cfgs({
+    'cvt_ls_13.untrained': _cfg(),
+    'cvt_ls_17.untrained': _cfg(),
+    'cvt_ls_21.untrained': _cfg(),
+    'cvt_ls_21s.untrained': _cfg(),
+    'cvt_ls_21_384.untrained': _cfg(input_size=(3, 384, 384), pool_size=(24, 24)),
+    'cvt_ls_21_448.untrained': _cfg(input_size=(3, 448, 448), pool_size=(28, 28)),
+    'cvt_13.untrained': _cfg(),
+    'cvt_21.untrained': _cfg(),
+})
+
+_CVT_13 = dict(embed_dims=(64, 192, 384), depths=(1, 2, 10), num_heads=(1, 3, 6))
+_CVT_21 = dict(_CVT_13, depths=(1, 4, 16))
+_CVT_17 = dict(embed_dims=(128, 256, 384), depths=(3, 4, 10), num_heads=(2, 4, 6))
+_CVT_21S = dict(_CVT_17, depths=(3, 4, 14))
+
+
+@register_model
+def cvt_ls_13(pretrained: bool = False, **kwargs) -> LongShortCvT:
+    """CvT-LS-13 at 224 px; the paper's has 81.9 % ImageNet top-1."""
+    return _create_cvt_ls('cvt_ls_13', pretrained, **dict(_CVT_13, **kwargs))
+
+
+@register_model
+def cvt_ls_17(pretrained: bool = False, **kwargs) -> LongShortCvT:
+    """CvT-LS-17 at 224 px; the paper's has 82.5 % ImageNet top-1."""
+    return _create_cvt_ls('cvt_ls_17', pretrained, **dict(_CVT_17, **kwargs))
+
+
+@register_model
+def cvt_ls_21(pretrained: bool = False, **kwargs) -> LongShortCvT:
+    """CvT-LS-21 at 224 px; the paper's has 82.7 % ImageNet top-1."""
+    return _create_cvt_ls('cvt_ls_21', pretrained, **dict(_CVT_21, **kwargs))
+
+
+@register_model
+def cvt_ls_21s(pretrained: bool = False, **kwargs) -> LongShortCvT:
+    """CvT-LS-21S at 224 px; the paper's has 82.9 % ImageNet top-1."""
+    return _create_cvt_ls('cvt_ls_21s', pretrained, **dict(_CVT_21S, **kwargs))
+
+
+@register_model
+def cvt_ls_21_384(pretrained: bool = False, **kwargs) -> LongShortCvT:
+    """CvT-LS-21 at 384 px with windows 12, 6, 3; the paper's has 83.2 % ImageNet top-1."""
+    model_args = dict(_CVT_21, img_size=384, window_size=(12, 6, 3))
+    return _create_cvt_ls('cvt_ls_21_384', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def cvt_ls_21_448(pretrained: bool = False, **kwargs) -> LongShortCvT:
+    """CvT-LS-21 at 448 px with windows 16, 8, 4; the paper's has 83.6 % ImageNet top-1."""
+    model_args = dict(_CVT_21, img_size=448, window_size=(16, 8, 4))
+    return _create_cvt_ls('cvt_ls_21_448', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def cvt_13(pretrained: bool = False, **kwargs) -> LongShortCvT:
+    """CvT-13 with full attention (stride 1 keys and values), the paper's baseline."""
+    return _create_cvt_ls('cvt_13', pretrained, **{**_CVT_13, 'attn_types': 'full', **kwargs})
+
+
+@register_model
+def cvt_21(pretrained: bool = False, **kwargs) -> LongShortCvT:
+    """CvT-21 with full attention (stride 1 keys and values), the paper's baseline."""
+    return _create_cvt_ls('cvt_21', pretrained, **{**_CVT_21, 'attn_types': 'full', **kwargs})

@@ -1,0 +1,263 @@
+"""ViL-LS: the multi-scale Vision Longformer with long-short attention.
+
+`Long-Short Transformer: Efficient Transformers for Language and Vision`, Zhu et al., NeurIPS 2021
+    - https://arxiv.org/abs/2107.02192
+    - released implementation and weights: https://github.com/NVIDIA/transformer-ls (MIT)
+`Multi-Scale Vision Longformer`, Zhang et al., ICCV 2021 - https://arxiv.org/abs/2103.15358
+
+Written anew; numerically the released one, whose checkpoints load.
+"""
+import re
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Type, Union
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import calculate_drop_path_rates, get_act_layer, get_norm_layer
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import Tensor, nn
+
+from ..layers import FullAttention2d, LongShortAttention2d
+from ..layers.checks import check_choice
+from ..layers.patch_embed import PatchEmbed, check_image_size
+from ._checkpoint import fetch_released_weights, resize_position_tables, unwrap_state_dict
+from ._hierarchical import ATTN_TYPES, Block, HierarchicalTransformer, Stage, check_window_sizes, image_size, per_stage
+
+__all__ = ['LongShortViL']
+
+
+class LongShortViL(HierarchicalTransformer):
+    """Hierarchical transformer with a choice of long-short or full attention for each stage.
+
+    Takes images of any size. Position tables of full-attention stages are made for `img_size` and interpolated for
+    others.
+    """
+
+    def __init__(
+            self,
+            img_size: Union[int, Tuple[int, int]] = 224,
+            patch_size: int = 4,
+            in_chans: int = 3,
+            num_classes: int = 1000,
+            global_pool: str = 'avg',
+            embed_dims: Sequence[int] = (96, 192, 384, 768),
+            depths: Sequence[int] = (1, 4, 16, 1),
+            num_heads: Union[int, Sequence[int]] = (3, 3, 6, 12),
+            attn_types: Union[str, Sequence[str]] = ('long-short', 'long-short', 'full', 'full'),
+            window_size: Union[int, Sequence[int]] = 7,
+            rank: Union[int, Sequence[int]] = 8,
+            num_global_tokens: Union[int, Sequence[int]] = (1, 1, 1, 0),
+            rel_pos_bias: Optional[str] = 'released',
+            global_attention: str = 'post',
+            dual_ln: bool = True,
+            mlp_ratio: float = 4.,
+            qkv_bias: bool = True,
+            drop_rate: float = 0.,
+            proj_drop_rate: float = 0.,
+            attn_drop_rate: float = 0.,
+            drop_path_rate: float = 0.,
+            act_layer: Union[str, Type[nn.Module]] = 'gelu',
+            norm_layer: Union[str, Callable[..., nn.Module]] = 'layernorm',
+            device=None,
+            dtype=None,
+    ):
+        """
+        Args:
+            img_size: (H, W) in pixels that position tables are made for, or one number for both.
+            patch_size: Side of the first stage's patches in pixels; later stages halve the grid.
+            in_chans: Channels of the image.
+            num_classes: Width of the classifier, 0 for none.
+            global_pool: timm's pooling name, '' for none.
+            embed_dims: Channels of each stage; their number is the number of stages.
+            depths: Blocks of each stage.
+            num_heads: Heads, for all stages or each.
+            attn_types: 'long-short' or 'full', for all stages or each.
+            window_size: Window of long-short attention in tokens, for all stages or each.
+            rank: Rank of its dynamic projection, for all stages or each.
+            num_global_tokens: Global tokens inside a stage, for all stages or each.
+            rel_pos_bias: Position bias of windows: 'released', 'unique' or None; None also drops full attention's.
+            global_attention: Keys of global tokens in long-short attention: 'post' or 'pre'.
+            dual_ln: Normalise keys and values of long-short attention to one scale.
+            mlp_ratio: Hidden width of the MLP over its width.
+            qkv_bias: Add a bias to queries, keys and values.
+            drop_rate: Dropout rate in front of the classifier.
+            proj_drop_rate: Dropout rate after attention and in the MLP.
+            attn_drop_rate: Dropout rate of attention weights.
+            drop_path_rate: Stochastic depth rate of the last block; it rises linearly from 0.
+            act_layer: Activation of the MLP.
+            norm_layer: Norm of blocks, embeddings and final features.
+
+        Raises:
+            ValueError: An argument is out of range or does not fit another.
+        """
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        num_stages = len(embed_dims)
+        depths = per_stage('depths', tuple(depths), num_stages)
+        num_heads = per_stage('num_heads', num_heads, num_stages)
+        attn_types = per_stage('attn_types', attn_types, num_stages)
+        window_sizes = per_stage('window_size', window_size, num_stages)
+        ranks = per_stage('rank', rank, num_stages)
+        num_global_tokens = per_stage('num_global_tokens', num_global_tokens, num_stages)
+        for attn_type in attn_types:
+            check_choice('attn_types', attn_type, ATTN_TYPES)
+        check_window_sizes(window_sizes)
+        img_size = image_size(img_size)
+        check_image_size(img_size[0], img_size[1], patch_size)
+        act_layer, norm_layer = get_act_layer(act_layer), get_norm_layer(norm_layer)
+        dpr = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
+
+        stages: List[Stage] = []
+        feat_size = img_size
+        for i, dim in enumerate(embed_dims):
+            stride = patch_size if i == 0 else 2
+            prev_dim = in_chans if i == 0 else embed_dims[i - 1]
+            patch_embed = PatchEmbed(prev_dim, dim, stride, stride, 0, norm_layer, **dd)
+            feat_size = patch_embed.feat_size(feat_size)
+            attn_args: Dict[str, Any] = dict(
+                num_heads=num_heads[i], num_global_tokens=num_global_tokens[i], qkv_bias=qkv_bias,
+                attn_drop=attn_drop_rate, proj_drop=proj_drop_rate, **dd)
+            blocks = []
+            for j in range(depths[i]):
+                attn: nn.Module
+                if attn_types[i] == 'long-short':
+                    attn = LongShortAttention2d(
+                        dim, window_size=window_sizes[i], rank=ranks[i], rel_pos_bias=rel_pos_bias,
+                        global_attention=global_attention, dual_ln=dual_ln, **attn_args)
+                else:
+                    attn = FullAttention2d(dim, feat_size=feat_size if rel_pos_bias is not None else None, **attn_args)
+                blocks.append(Block(dim, attn, mlp_ratio, proj_drop_rate, dpr[i][j], act_layer, norm_layer, **dd))
+            stages.append(Stage(patch_embed, blocks, dim, num_global_tokens[i], **dd))
+        self._finish(
+            stages, img_size, window_sizes, in_chans, num_classes, global_pool, drop_rate, norm_layer, dd)
+
+    def filter_state_dict(self, state_dict: Mapping[str, Any]) -> Dict[str, Any]:
+        return checkpoint_filter_fn(state_dict, self)
+
+
+def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> Dict[str, Tensor]:
+    """Turns released and native checkpoints into state dicts of `model`.
+
+    Released ones are dicts with the tensors under 'net', name layers `layer1.0` (embedding), `layer1.1` (attention of
+    the first block), `layer1.2` (its MLP) and so on, and hold index buffers. Position tables are resampled where the
+    window or the grid differs.
+    """
+    state_dict = unwrap_state_dict(state_dict)
+    out = {}
+    for key, value in state_dict.items():
+        if key.endswith('relative_position_index'):
+            continue
+        key = re.sub(r'^layer(\d+)\.(\d+)\.(.+)$', _rename_released, key)
+        out[re.sub(r'^head\.(weight|bias)$', r'head.fc.\1', key)] = value
+    return resize_position_tables(out, model)
+
+
+def _rename_released(match: re.Match) -> str:
+    stage, index, name = int(match[1]) - 1, int(match[2]), match[3]
+    if index == 0:
+        name = name.replace('norm_embed.', 'patch_embed.norm.').replace('cls_token', 'global_tokens')
+        return f'stages.{stage}.{re.sub("^proj[.]", "patch_embed.proj.", name)}'
+    norm = 'norm1.' if index % 2 else 'norm2.'
+    return f'stages.{stage}.blocks.{(index - 1) // 2}.{re.sub("^norm[.]", norm, name)}'
+
+
+def _create_vil_ls(variant: str, pretrained: bool = False, **kwargs) -> LongShortViL:
+    out_indices = kwargs.pop('out_indices', tuple(range(len(kwargs['embed_dims']))))
+    if pretrained:
+        kwargs['pretrained_cfg_overlay'] = fetch_released_weights(variant, kwargs)
+    return build_model_with_cfg(
+        LongShortViL, variant, pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(flatten_sequential=True, out_indices=out_indices),
+        **kwargs)
+
+
+def _cfg(**kwargs) -> Dict[str, Any]:
+    return {
+        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
+        'crop_pct': .875, 'interpolation': 'bicubic',
+        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'stages.0.patch_embed.proj', 'classifier': 'head.fc',
+        'paper_ids': 'arXiv:2107.02192', 'paper_name': 'Long-Short Transformer', 'license': 'mit', **kwargs
+    }
+
+
+# origin_url, not url: the authors' files lie behind a share page, which the build function fetches them from
+default_cfgs = generate_default_cfgs({
+    'vil_ls_medium.nvidia_in1k': _cfg(origin_url='https://www.dropbox.com/s/ng14pebstaaydug/model_best.pth'),
+    'vil_ls_base.nvidia_in1k': _cfg(origin_url='https://www.dropbox.com/s/80u5p5eh4txad10/model_best.pth'),
+    'vil_ls_medium_384.nvidia_in1k': _cfg(
+        origin_url='https://www.dropbox.com/s/390tzi2ll3sfibl/model_best.pth',
+        input_size=(3, 384, 384), pool_size=(12, 12)),
+    'vil_ls_tiny.untrained': _cfg(),
+    'vil_ls_small.untrained': _cfg(),
+    'vil_ls_tiny_linear.untrained': _cfg(),
+    'vil_ls_small_linear.untrained': _cfg(),
+    'vil_ls_medium_linear.untrained': _cfg(),
+    'vil_ls_base_linear.untrained': _cfg(),
+    'vil_full_medium.untrained': _cfg(),
+})
+
+_TINY = dict(embed_dims=(48, 96, 192, 384), depths=(1, 1, 9, 1), num_heads=(1, 3, 3, 6))
+_SMALL = dict(embed_dims=(96, 192, 384, 768), depths=(1, 2, 8, 1), num_heads=(3, 3, 6, 12))
+_MEDIUM = dict(_SMALL, depths=(1, 4, 16, 1))
+_BASE = dict(_SMALL, depths=(1, 8, 24, 1))
+
+
+@register_model
+def vil_ls_tiny(pretrained: bool = False, **kwargs) -> LongShortViL:
+    """ViL-LS-Tiny: the widths and depths of ViL-Tiny."""
+    return _create_vil_ls('vil_ls_tiny', pretrained, **dict(_TINY, **kwargs))
+
+
+@register_model
+def vil_ls_small(pretrained: bool = False, **kwargs) -> LongShortViL:
+    """ViL-LS-Small: the widths and depths of ViL-Small."""
+    return _create_vil_ls('vil_ls_small', pretrained, **dict(_SMALL, **kwargs))
+
+
+@register_model
+def vil_ls_medium(pretrained: bool = False, **kwargs) -> LongShortViL:
+    """ViL-LS-Medium at 224 px, as published: 83.8 % ImageNet top-1."""
+    return _create_vil_ls('vil_ls_medium', pretrained, **dict(_MEDIUM, **kwargs))
+
+
+@register_model
+def vil_ls_base(pretrained: bool = False, **kwargs) -> LongShortViL:
+    """ViL-LS-Base at 224 px, as published: 84.1 % ImageNet top-1."""
+    return _create_vil_ls('vil_ls_base', pretrained, **dict(_BASE, **kwargs))
+
+
+@register_model
+def vil_ls_medium_384(pretrained: bool = False, **kwargs) -> LongShortViL:
+    """ViL-LS-Medium at 384 px with windows of 8, as published: 84.4 % ImageNet top-1."""
+    model_args = dict(_MEDIUM, img_size=384, window_size=8)
+    return _create_vil_ls('vil_ls_medium_384', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vil_ls_tiny_linear(pretrained: bool = False, **kwargs) -> LongShortViL:
+    """ViL-LS-Tiny with long-short attention in all stages, for dense prediction on large images."""
+    return _create_vil_ls('vil_ls_tiny_linear', pretrained, **{**_TINY, 'attn_types': 'long-short', **kwargs})
+
+
+@register_model
+def vil_ls_small_linear(pretrained: bool = False, **kwargs) -> LongShortViL:
+    """ViL-LS-Small with long-short attention in all stages, for dense prediction on large images."""
+    return _create_vil_ls('vil_ls_small_linear', pretrained, **{**_SMALL, 'attn_types': 'long-short', **kwargs})
+
+
+@register_model
+def vil_ls_medium_linear(pretrained: bool = False, **kwargs) -> LongShortViL:
+    """ViL-LS-Medium with long-short attention in all stages, for dense prediction on large images."""
+    return _create_vil_ls('vil_ls_medium_linear', pretrained, **{**_MEDIUM, 'attn_types': 'long-short', **kwargs})
+
+
+@register_model
+def vil_ls_base_linear(pretrained: bool = False, **kwargs) -> LongShortViL:
+    """ViL-LS-Base with long-short attention in all stages, for dense prediction on large images."""
+    return _create_vil_ls('vil_ls_base_linear', pretrained, **{**_BASE, 'attn_types': 'long-short', **kwargs})
+
+
+@register_model
+def vil_full_medium(pretrained: bool = False, **kwargs) -> LongShortViL:
+    """ViL-Medium with full attention in all stages, the baseline of scaling experiments."""
+    return _create_vil_ls('vil_full_medium', pretrained, **{**_MEDIUM, 'attn_types': 'full', **kwargs})
