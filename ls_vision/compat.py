@@ -130,7 +130,7 @@ def arch_to_model_args(arch: str) -> Dict[str, Any]:
     if any(stage['a'] for stage in stages):
         raise ValueError(f'arch {arch!r} has absolute position embeddings (a1); only relative ones (a0) are supported.')
     if any(stage['p'] != 2 for stage in stages[1:]):
-        raise ValueError(f'arch {arch!r} has patch sizes {[s["p"] for s in stages]}; after the first only 2 is supported.')
+        raise ValueError(f'arch {arch!r} has patch sizes {[s["p"] for s in stages]}; all but the first must be 2.')
     return dict(
         patch_size=stages[0]['p'],
         embed_dims=tuple(s['d'] for s in stages),

@@ -33,6 +33,7 @@ class LongShortAttention2d(nn.Module):
     Global tokens come first in the sequence. The parameter names are those of the released implementation.
     """
     fused_attn: Final[bool]
+    relative_position_index: Optional[Tensor]
 
     def __init__(
             self,
@@ -101,18 +102,17 @@ class LongShortAttention2d(nn.Module):
 
         self.qkv = (ConvQKV if conv_projection else LinearQKV)(dim, bias=qkv_bias, **dd)
         self.dual_ln_full = nn.LayerNorm(dim, **dd) if dual_ln else nn.Identity()
+        # what is not used does not exist
+        self.to_dynamic_projection: Optional[nn.Module] = None
+        self.dual_ln_dp: Optional[nn.Module] = None
+        self.local_relative_position_bias_table: Optional[nn.Parameter] = None
         if rank > 0:
             projection = ConvDynamicProjection if conv_projection else LinearDynamicProjection
             self.to_dynamic_projection = projection(dim, num_heads, rank, **dd)
             self.dual_ln_dp = nn.LayerNorm(dim, **dd) if dual_ln else nn.Identity()
-        else:
-            self.to_dynamic_projection = None
-            self.dual_ln_dp = None
         if rel_pos_bias is not None:
             rows = window_bias_rows(window_size, rel_pos_bias)
             self.local_relative_position_bias_table = nn.Parameter(torch.empty(rows, num_heads, **dd))
-        else:
-            self.local_relative_position_bias_table = None
         self._init_buffers()
         self.attn_drop = nn.Dropout(attn_drop)
         self.proj = nn.Linear(dim, dim, **dd)

@@ -21,7 +21,7 @@ def check_image_size(height: int, width: int, patch_size: int) -> None:
     """Raises ValueError where an image does not hold a patch."""
     if height < patch_size or width < patch_size:
         raise ValueError(
-            f'Image of {height} x {width} pixels is smaller than a patch, expected {patch_size} x {patch_size} or more.')
+            f'Image of {height} x {width} pixels is smaller than a patch; expected {patch_size} x {patch_size}.')
 
 
 # reason for both: sizes that are Proxies would decide control flow

@@ -131,7 +131,8 @@ def grid_bias(
     Args:
         table: ((2H - 1) * (2W - 1), h), row (dy + H - 1) * (2W - 1) + dx + W - 1 for distance (dy, dx).
         global_to_global: (h, g, g); None without global tokens.
-        global_and_local: (2, h, g), None without global tokens; added to logits of global queries with local keys and of local with global.
+        global_and_local: (2, h, g), added to logits of global queries with local keys and of local with global; None
+            without global tokens.
         feat_size: (H, W) of the table.
         new_feat_size: (H', W') of the tokens, N of them; the table is resampled where it differs.
 

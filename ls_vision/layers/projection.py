@@ -16,7 +16,7 @@ class LinearQKV(nn.Linear):
     def __init__(self, dim: int, bias: bool = True, device=None, dtype=None):
         super().__init__(dim, 3 * dim, bias=bias, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor, feat_size: Tuple[int, int]) -> Tensor:
+    def forward(self, x: Tensor, feat_size: Tuple[int, int]) -> Tensor:  # type: ignore[override]
         """(B, L, C) -> (B, L, 3, C)."""
         x = F.linear(x, self.weight, self.bias)
         return x.reshape(x.shape[0], x.shape[1], 3, self.in_features)
@@ -49,7 +49,7 @@ class LinearDynamicProjection(nn.Linear):
         self.num_heads = num_heads
         self.rank = rank
 
-    def forward(self, x: Tensor, feat_size: Tuple[int, int]) -> Tensor:
+    def forward(self, x: Tensor, feat_size: Tuple[int, int]) -> Tensor:  # type: ignore[override]
         """(B, N, C) -> (B, h, r, N), rows that sum to 1."""
         scores = F.linear(x, self.weight, self.bias)
         return _normalize_scores(scores, self.num_heads, self.rank)

@@ -5,10 +5,19 @@ A stage takes and returns one NCHW tensor; global tokens live and die inside it.
 Shapes: B batch, H x W grid, N = H * W local tokens, g global tokens, L = g + N, C channels.
 """
 from functools import partial
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Set, Tuple, Type, Union
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Set, Tuple, Type, Union, cast
 
 import torch
-from timm.layers import ClassifierHead, DropPath, Mlp, get_device_dtype, trunc_normal_
+from timm.layers import (
+    ClassifierHead,
+    DropPath,
+    Mlp,
+    calculate_drop_path_rates,
+    get_act_layer,
+    get_device_dtype,
+    get_norm_layer,
+    trunc_normal_,
+)
 from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
@@ -96,48 +105,75 @@ class Stage(nn.Module):
 
 
 class HierarchicalTransformer(nn.Module):
-    """Stages, final norm and classifier, with timm's interface; subclasses build the stages and call `_finish`."""
+    """Stages, final norm and classifier, with timm's interface; subclasses say what embeds and what attends."""
 
-    def _finish(
+    def __init__(
             self,
-            stages: Sequence[Stage],
-            img_size: Tuple[int, int],
-            window_sizes: Sequence[int],
+            make_embed: Callable[..., PatchEmbed],
+            make_attention: Callable[[int, Tuple[int, int]], nn.Module],
+            img_size: Union[int, Tuple[int, int]],
             in_chans: int,
             num_classes: int,
             global_pool: str,
+            embed_dims: Sequence[int],
+            depths: Sequence[int],
+            window_sizes: Sequence[int],
+            num_global_tokens: Sequence[int],
+            mlp_ratio: float,
             drop_rate: float,
-            norm_layer: Callable[..., nn.Module],
+            proj_drop_rate: float,
+            drop_path_rate: float,
+            act_layer: Union[str, Type[nn.Module]],
+            norm_layer: Union[str, Callable[..., nn.Module]],
             dd: Dict[str, Any],
-    ) -> None:
-        """Sets what every model has after its stages, and initialises the weights.
-
+    ):
+        """
         Args:
-            stages: In order of their strides.
-            img_size: (H, W) in pixels that position tables are made for.
-            window_sizes: One per stage.
+            make_embed: Makes the token embedding of a stage, called as make_embed(stage, in_chans, dim, norm_layer).
+            make_attention: Makes the attention of one of its blocks, called as make_attention(stage, feat_size).
+            img_size: (H, W) in pixels that position tables are made for, or one number for both.
             in_chans: Channels of the image.
             num_classes: Width of the classifier, 0 for none.
             global_pool: timm's pooling name, '' for none.
+            embed_dims, depths, window_sizes, num_global_tokens: One for each stage.
+            mlp_ratio: Hidden width of the MLP over its width.
             drop_rate: Dropout rate in front of the classifier.
-            norm_layer: Final norm, called as norm_layer(dim, device=, dtype=).
+            proj_drop_rate: Dropout rate in the MLP.
+            drop_path_rate: Stochastic depth rate of the last block; it rises linearly from 0.
+            act_layer: Activation of the MLP.
+            norm_layer: Norm of blocks, embeddings and final features.
             dd: Device and dtype.
         """
-        self.img_size = img_size
+        super().__init__()
+        self.img_size = image_size(img_size)
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.global_pool = global_pool
         self.window_sizes = tuple(window_sizes)
+        check_window_sizes(window_sizes)
+        act = cast(Type[nn.Module], get_act_layer(act_layer))
+        norm = cast(Callable[..., nn.Module], get_norm_layer(norm_layer))
+        dpr = cast(List[List[float]], calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True))
+
+        stages: List[Stage] = []
         self.feature_info: List[Dict[str, Any]] = []
-        reduction = 1
-        for i, stage in enumerate(stages):
-            reduction *= stage.patch_embed.stride
-            self.feature_info.append(
-                dict(num_chs=stage.patch_embed.proj.out_channels, reduction=reduction, module=f'stages.{i}'))
-        self.num_features = self.head_hidden_size = self.feature_info[-1]['num_chs']
+        feat_size, reduction = self.img_size, 1
+        for i, dim in enumerate(embed_dims):
+            patch_embed = make_embed(i, embed_dims[i - 1] if i else in_chans, dim, norm)
+            if i == 0:
+                check_image_size(feat_size[0], feat_size[1], patch_embed.stride)
+            feat_size = patch_embed.feat_size(feat_size)
+            reduction *= patch_embed.stride
+            blocks = [
+                Block(dim, make_attention(i, feat_size), mlp_ratio, proj_drop_rate, rate, act, norm, **dd)
+                for rate in dpr[i]
+            ]
+            stages.append(Stage(patch_embed, blocks, dim, num_global_tokens[i], **dd))
+            self.feature_info.append(dict(num_chs=dim, reduction=reduction, module=f'stages.{i}'))
 
         self.stages = nn.Sequential(*stages)
-        self.norm = norm_layer(self.num_features, **dd)
+        self.num_features = embed_dims[-1]
+        self.norm = norm(self.num_features, **dd)
         self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
         self.head_hidden_size = self.head.num_features
         self.init_weights(needs_reset=False)
@@ -153,7 +189,7 @@ class HierarchicalTransformer(nn.Module):
             if m.bias is not None:
                 nn.init.zeros_(m.bias)
         elif needs_reset and hasattr(m, 'reset_parameters'):
-            m.reset_parameters()
+            cast(Any, m).reset_parameters()
 
     @torch.jit.ignore
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -195,15 +231,16 @@ class HierarchicalTransformer(nn.Module):
         new_img_size = self.img_size if img_size is None else image_size(img_size)
         windows = self.window_sizes
         if window_size is not None:
-            windows = per_stage('window_size', window_size, len(self.stages))
-            check_window_sizes(windows)
-        check_image_size(new_img_size[0], new_img_size[1], self.stages[0].patch_embed.stride)
+            windows = per_stage(len(self.stages), window_size=window_size)[0]
+            check_window_sizes(windows, minimum=1)
+        stages = cast(List[Stage], list(self.stages))
+        check_image_size(new_img_size[0], new_img_size[1], stages[0].patch_embed.stride)
 
-        for stage, feat_size, window in zip(self.stages, feat_sizes(self.stages, new_img_size), windows):
-            for block in stage.blocks:
+        for stage, feat_size, window in zip(stages, feat_sizes(stages, new_img_size), windows):
+            for block in cast(List[Block], list(stage.blocks)):
                 if isinstance(block.attn, FullAttention2d):
                     block.attn.set_feat_size(feat_size)
-                elif isinstance(block.attn, LongShortAttention2d):
+                elif isinstance(block.attn, LongShortAttention2d) and block.attn.window_size > 0:
                     block.attn.set_window_size(window)
         self.img_size = new_img_size
         self.window_sizes = windows
@@ -230,7 +267,7 @@ class HierarchicalTransformer(nn.Module):
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes blocks in the backward pass instead of keeping what they compute."""
-        for stage in self.stages:
+        for stage in cast(List[Stage], list(self.stages)):
             stage.grad_checkpointing = enable
 
     @torch.jit.ignore
@@ -278,7 +315,7 @@ class HierarchicalTransformer(nn.Module):
 
         last = len(self.stages) - 1
         i = 0
-        for i, stage in enumerate(stages):  # noqa: B007, i says below how far the loop went
+        for i, stage in enumerate(stages):
             x = stage(x)
             if i in take_indices:
                 intermediates.append(self._apply_norm(x) if norm and i == last else x)
@@ -332,20 +369,29 @@ def image_size(size: Union[int, Tuple[int, int]]) -> Tuple[int, int]:
     return int(pair[0]), int(pair[1])
 
 
-def per_stage(name: str, value: Any, num_stages: int) -> Tuple[Any, ...]:
-    """One value for each stage, of a value for all or of a sequence."""
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        return (value,) * num_stages
-    if len(value) != num_stages:
-        raise ValueError(f'{name} has {len(value)} entries {tuple(value)}, expected one for each of {num_stages} stages.')
-    return tuple(value)
+def per_stage(num_stages: int, **args: Any) -> List[Tuple[Any, ...]]:
+    """For each argument one value per stage, of a value for all stages or of a sequence.
+
+    Raises:
+        ValueError: A sequence has another length.
+    """
+    out = []
+    for name, value in args.items():
+        value = tuple(value) if isinstance(value, list) else value
+        if not isinstance(value, tuple):
+            value = (value,) * num_stages
+        if len(value) != num_stages:
+            raise ValueError(
+                f'{name} has {len(value)} entries {value}, expected one for each of {num_stages} stages.')
+        out.append(value)
+    return out
 
 
-def check_window_sizes(window_sizes: Sequence[int]) -> None:
-    """Raises ValueError where a stage's window is not an integer of 0 or more."""
+def check_window_sizes(window_sizes: Sequence[int], minimum: int = 0) -> None:
+    """Raises ValueError where a stage's window is not an integer of `minimum` or more."""
     for window_size in window_sizes:
-        if not isinstance(window_size, int) or window_size < 0:
-            raise ValueError(f'window_size is {window_size!r}, expected an integer of 0 or more.')
+        if not isinstance(window_size, int) or window_size < minimum:
+            raise ValueError(f'window_size is {window_size!r}, expected an integer of {minimum} or more.')
 
 
 def feat_sizes(stages: Sequence[Stage], img_size: Tuple[int, int]) -> List[Tuple[int, int]]:

@@ -8,18 +8,17 @@
 Written anew; numerically the released one, whose checkpoints load.
 """
 import re
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Type, Union
+from typing import Any, Callable, Dict, Mapping, Optional, Sequence, Tuple, Type, Union
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import calculate_drop_path_rates, get_act_layer, get_norm_layer
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from ..layers import FullAttention2d, LongShortAttention2d
 from ..layers.checks import check_choice
-from ..layers.patch_embed import PatchEmbed, check_image_size
+from ..layers.patch_embed import PatchEmbed
 from ._checkpoint import fetch_released_weights, resize_position_tables, unwrap_state_dict
-from ._hierarchical import ATTN_TYPES, Block, HierarchicalTransformer, Stage, check_window_sizes, image_size, per_stage
+from ._hierarchical import ATTN_TYPES, HierarchicalTransformer, per_stage
 
 __all__ = ['LongShortViL']
 
@@ -89,45 +88,29 @@ class LongShortViL(HierarchicalTransformer):
             ValueError: An argument is out of range or does not fit another.
         """
         dd = {'device': device, 'dtype': dtype}
-        super().__init__()
-        num_stages = len(embed_dims)
-        depths = per_stage('depths', tuple(depths), num_stages)
-        num_heads = per_stage('num_heads', num_heads, num_stages)
-        attn_types = per_stage('attn_types', attn_types, num_stages)
-        window_sizes = per_stage('window_size', window_size, num_stages)
-        ranks = per_stage('rank', rank, num_stages)
-        num_global_tokens = per_stage('num_global_tokens', num_global_tokens, num_stages)
+        depths, num_heads, attn_types, window_sizes, ranks, num_global_tokens = per_stage(
+            len(embed_dims), depths=depths, num_heads=num_heads, attn_types=attn_types, window_size=window_size,
+            rank=rank, num_global_tokens=num_global_tokens)
         for attn_type in attn_types:
             check_choice('attn_types', attn_type, ATTN_TYPES)
-        check_window_sizes(window_sizes)
-        img_size = image_size(img_size)
-        check_image_size(img_size[0], img_size[1], patch_size)
-        act_layer, norm_layer = get_act_layer(act_layer), get_norm_layer(norm_layer)
-        dpr = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
 
-        stages: List[Stage] = []
-        feat_size = img_size
-        for i, dim in enumerate(embed_dims):
+        def make_embed(i: int, in_chans: int, dim: int, norm_layer: Callable[..., nn.Module]) -> PatchEmbed:
             stride = patch_size if i == 0 else 2
-            prev_dim = in_chans if i == 0 else embed_dims[i - 1]
-            patch_embed = PatchEmbed(prev_dim, dim, stride, stride, 0, norm_layer, **dd)
-            feat_size = patch_embed.feat_size(feat_size)
-            attn_args: Dict[str, Any] = dict(
-                num_heads=num_heads[i], num_global_tokens=num_global_tokens[i], qkv_bias=qkv_bias,
+            return PatchEmbed(in_chans, dim, stride, stride, 0, norm_layer, **dd)
+
+        def make_attention(i: int, feat_size: Tuple[int, int]) -> nn.Module:
+            args: Dict[str, Any] = dict(
+                dim=embed_dims[i], num_heads=num_heads[i], num_global_tokens=num_global_tokens[i], qkv_bias=qkv_bias,
                 attn_drop=attn_drop_rate, proj_drop=proj_drop_rate, **dd)
-            blocks = []
-            for j in range(depths[i]):
-                attn: nn.Module
-                if attn_types[i] == 'long-short':
-                    attn = LongShortAttention2d(
-                        dim, window_size=window_sizes[i], rank=ranks[i], rel_pos_bias=rel_pos_bias,
-                        global_attention=global_attention, dual_ln=dual_ln, **attn_args)
-                else:
-                    attn = FullAttention2d(dim, feat_size=feat_size if rel_pos_bias is not None else None, **attn_args)
-                blocks.append(Block(dim, attn, mlp_ratio, proj_drop_rate, dpr[i][j], act_layer, norm_layer, **dd))
-            stages.append(Stage(patch_embed, blocks, dim, num_global_tokens[i], **dd))
-        self._finish(
-            stages, img_size, window_sizes, in_chans, num_classes, global_pool, drop_rate, norm_layer, dd)
+            if attn_types[i] == 'full':
+                return FullAttention2d(feat_size=None if rel_pos_bias is None else feat_size, **args)
+            return LongShortAttention2d(
+                window_size=window_sizes[i], rank=ranks[i], rel_pos_bias=rel_pos_bias,
+                global_attention=global_attention, dual_ln=dual_ln, **args)
+
+        super().__init__(
+            make_embed, make_attention, img_size, in_chans, num_classes, global_pool, embed_dims, depths, window_sizes,
+            num_global_tokens, mlp_ratio, drop_rate, proj_drop_rate, drop_path_rate, act_layer, norm_layer, dd)
 
     def filter_state_dict(self, state_dict: Mapping[str, Any]) -> Dict[str, Any]:
         return checkpoint_filter_fn(state_dict, self)

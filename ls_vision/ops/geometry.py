@@ -29,10 +29,10 @@ def window_offsets(window_size: int, device: torch.device) -> Tuple[Tensor, Tens
     query = torch.arange(window_size, device=device)
     key = torch.arange(-margin, window_size + margin, device=device)
     delta = query[:, None] - key[None, :]  # (w, w + 2p)
-    num_queries, num_keys = window_size ** 2, (window_size + 2 * margin) ** 2
-    rows = delta[:, None, :, None].expand(-1, window_size, -1, window_size + 2 * margin)
-    cols = delta[None, :, None, :].expand(window_size, -1, window_size + 2 * margin, -1)
-    return rows.reshape(num_queries, num_keys), cols.reshape(num_queries, num_keys)
+    side = key.shape[0]
+    rows = delta[:, None, :, None].expand(-1, window_size, -1, side)
+    cols = delta[None, :, None, :].expand(window_size, -1, side, -1)
+    return rows.reshape(-1, side * side), cols.reshape(-1, side * side)
 
 
 def window_key_index(
@@ -61,5 +61,5 @@ def window_key_index(
     col_inside = (cols >= 0) & (cols < W)
     index = rows.clamp(0, H - 1)[:, None, :, None] * W + cols.clamp(0, W - 1)[None, :, None, :]
     inside = row_inside[:, None, :, None] & col_inside[None, :, None, :]  # (nH, nW, w + 2p, w + 2p)
-    num_keys = (window_size + 2 * margin) ** 2
+    num_keys = key.shape[0] * key.shape[0]
     return index.reshape(-1, num_keys), inside.reshape(-1, num_keys)

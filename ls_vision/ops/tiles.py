@@ -59,7 +59,7 @@ def gather_tiles(
         return q, additional_keys.transpose(1, 2), additional_values.transpose(1, 2), None
 
     index, inside = window_key_index((H, W), window_size, query.device)  # (T, K)
-    T, K = index.shape
+    T = index.shape[0]
     k = key.reshape(B, H * W, h, d)[:, index]  # (B, T, K, h, d)
     v = value.reshape(B, H * W, h, d)[:, index]
     mask = torch.zeros(1, 1, 1, dtype=query.dtype, device=query.device) if bias is None else bias.to(query.dtype)

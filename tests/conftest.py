@@ -1,0 +1,15 @@
+"""Seeds every test and keeps torch to the cores that a test machine has."""
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
