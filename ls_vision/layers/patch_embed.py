@@ -44,6 +44,7 @@ class PatchEmbed(nn.Module):
             stride: int,
             padding: int,
             norm_layer: Callable[..., nn.Module],
+            min_size: int = 1,
             device=None,
             dtype=None,
     ):
@@ -55,11 +56,13 @@ class PatchEmbed(nn.Module):
             stride: Distance of patches.
             padding: Zeros around the image, 0 for patches side by side.
             norm_layer: Called as norm_layer(embed_dim, device=, dtype=).
+            min_size: Side of the smallest image that is accepted.
         """
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         self.stride = stride
         self.padding = padding
+        self.min_size = min_size
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size, stride=stride, padding=padding, **dd)
         self.norm = norm_layer(embed_dim, **dd)
 
@@ -75,7 +78,12 @@ class PatchEmbed(nn.Module):
         return (img_size[0] - overlap) // self.stride + 1, (img_size[1] - overlap) // self.stride + 1
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in_chans, H, W) -> (B, H', W', C)."""
+        """(B, in_chans, H, W) -> (B, H', W', C).
+
+        Raises:
+            ValueError: The image is smaller than a patch.
+        """
+        check_image_size(x.shape[-2], x.shape[-1], self.min_size)
         if self.side_by_side:
             x = pad_to_patches(x, self.stride)
         return self.norm(self.proj(x).permute(0, 2, 3, 1))

@@ -90,7 +90,9 @@ class LongShortCvT(HierarchicalTransformer):
 
         def make_embed(i: int, in_chans: int, dim: int, norm_layer: Callable[..., nn.Module]) -> PatchEmbed:
             kernel_size, stride = (patch_size, patch_stride) if i == 0 else (3, 2)
-            return PatchEmbed(in_chans, dim, kernel_size, stride, (kernel_size - 1) // 2, norm_layer, **dd)
+            return PatchEmbed(
+                in_chans, dim, kernel_size, stride, (kernel_size - 1) // 2, norm_layer,
+                min_size=patch_stride if i == 0 else 1, **dd)
 
         def make_attention(i: int, feat_size: Tuple[int, int]) -> nn.Module:
             args: Dict[str, Any] = dict(

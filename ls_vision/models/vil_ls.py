@@ -96,7 +96,7 @@ class LongShortViL(HierarchicalTransformer):
 
         def make_embed(i: int, in_chans: int, dim: int, norm_layer: Callable[..., nn.Module]) -> PatchEmbed:
             stride = patch_size if i == 0 else 2
-            return PatchEmbed(in_chans, dim, stride, stride, 0, norm_layer, **dd)
+            return PatchEmbed(in_chans, dim, stride, stride, 0, norm_layer, min_size=patch_size if i == 0 else 1, **dd)
 
         def make_attention(i: int, feat_size: Tuple[int, int]) -> nn.Module:
             args: Dict[str, Any] = dict(
