@@ -159,7 +159,8 @@ class LongShortAttention2d(nn.Module):
         table, index = self.local_relative_position_bias_table, self.relative_position_index
         if table is None or index is None:
             return None
-        return table[index].permute(2, 0, 1)
+        bias = table[index].permute(2, 0, 1)
+        return bias if self.window_size > 1 else bias.expand(-1, -1, 9)
 
     def forward(self, x: Tensor, feat_size: Tuple[int, int]) -> Tensor:
         """

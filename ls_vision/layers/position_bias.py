@@ -35,14 +35,14 @@ def window_bias_index(window_size: int, kind: str, device: torch.device) -> Tens
         device: Where to put the result.
 
     Returns:
-        (Q, K) int64.
+        (Q, K) int64; (1, 1) for released windows of 1.
     """
     rows, cols = window_offsets(window_size, device)
     shift = window_size + key_margin(window_size) - 1
     if kind == 'unique':
         return (rows + shift) * (2 * shift + 1) + cols + shift
     if window_size == 1:
-        return torch.zeros_like(rows)  # the released table has a single row here, though a query sees 3 x 3 keys
+        return torch.zeros_like(rows[:, :1])  # the released table and index have one entry for all 3 x 3 keys
     return (rows + shift) * (2 * (window_size // 2) + window_size) + cols + shift
 
 
@@ -91,7 +91,7 @@ def _offset_rows(window_size: int, kind: str, device: torch.device) -> Tensor:
     shift = window_size + key_margin(window_size) - 1
     size = 2 * shift + 1
     out = torch.zeros(size * size, dtype=index.dtype, device=device)
-    out[((rows + shift) * size + cols + shift).flatten()] = index.flatten()
+    out[((rows + shift) * size + cols + shift).flatten()] = index.expand_as(rows).flatten()
     return out.view(size, size)
 
 
