@@ -1,0 +1,40 @@
+# Two commands do all the set-up on a fresh machine:
+#   make demo    trains a small ViL-LS on CIFAR-10 and leaves checkpoint, figures and pictures in output/cifar10
+#   make test    runs the tests, timm's own on our small models among them
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: help install demo test test-all test-timm lint clean
+
+help:
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+install: $(VENV)/.installed  ## the environment in .venv, with everything that demo and tests need
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+demo: install  ## the main job: a small ViL-LS trained on CIFAR-10
+	$(BIN)/python -m ls_vision.data.cifar10 --data-dir data/cifar10
+	$(BIN)/python train_imagenet.py --config configs/cifar10.yaml
+
+test: install  ## the tests that CI runs
+	$(BIN)/python -m pytest -q -m 'not slow'
+	$(BIN)/python tests/timm_suite.py vil_ls_tiny cvt_ls_13
+
+test-all: install test-timm  ## every test, minutes of work each included
+	$(BIN)/python -m pytest -q
+
+test-timm: install  ## timm's own model tests on every registered name
+	$(BIN)/python tests/timm_suite.py
+
+lint: install  ## style and types
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m mypy
+
+clean:  ## removes what the commands above made, but for data and output
+	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis
