@@ -111,7 +111,10 @@ def resize_grid_bias(table: Tensor, feat_size: Tuple[int, int], new_feat_size: T
     Returns:
         ((2H' - 1) * (2W' - 1), h); the table itself where the grid is the same.
     """
-    if feat_size[0] == new_feat_size[0] and feat_size[1] == new_feat_size[1]:
+    open_size = False  # an exported program of open size can't ask whether this is the native one
+    if not torch.jit.is_scripting():
+        open_size = torch.compiler.is_exporting() and any(isinstance(s, torch.SymInt) for s in new_feat_size)
+    if not open_size and feat_size[0] == new_feat_size[0] and feat_size[1] == new_feat_size[1]:
         return table
     size = (2 * feat_size[0] - 1, 2 * feat_size[1] - 1)
     dense = table.t().reshape(table.shape[1], size[0], size[1]).float()  # (h, 2H - 1, 2W - 1)

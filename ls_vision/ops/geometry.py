@@ -7,7 +7,7 @@ Queries are grouped into non-overlapping w x w windows, the first at the grid's 
 the square of w + 2p tokens a side centred on it. A grid that is not divisible by w is covered by windows that reach
 over its lower and right edge; queries and keys outside the grid do not exist and are masked.
 """
-from typing import Tuple
+from typing import List, NamedTuple, Tuple
 
 import torch
 from torch import Tensor
@@ -63,3 +63,31 @@ def window_key_index(
     inside = row_inside[:, None, :, None] & col_inside[None, :, None, :]  # (nH, nW, w + 2p, w + 2p)
     num_keys = key.shape[0] * key.shape[0]
     return index.reshape(-1, num_keys), inside.reshape(-1, num_keys)
+
+
+class WindowRun(NamedTuple):
+    """Consecutive windows along one axis that the grid's edges clip alike, so that they are one batch without a mask.
+
+    Window number i of the run has the queries from `query_start + i * w` on and the keys from `key_start + i * w` on.
+    """
+    num_windows: int
+    query_start: int
+    query_size: int
+    key_start: int
+    key_size: int
+    key_offset: int
+    """Where in the square of w + 2p keys the first key lies that is inside the grid."""
+
+
+def window_runs(length: int, window_size: int) -> List[WindowRun]:
+    """The runs of windows along an axis of `length` tokens, first to last."""
+    margin = key_margin(window_size)
+    runs: List[WindowRun] = []
+    for start in range(0, length, window_size):
+        key_start, key_stop = max(start - margin, 0), min(start + window_size + margin, length)
+        clipping = (min(window_size, length - start), key_stop - key_start, key_start - (start - margin))
+        if runs and (runs[-1].query_size, runs[-1].key_size, runs[-1].key_offset) == clipping:
+            runs[-1] = runs[-1]._replace(num_windows=runs[-1].num_windows + 1)
+        else:
+            runs.append(WindowRun(1, start, clipping[0], key_start, clipping[1], clipping[2]))
+    return runs
