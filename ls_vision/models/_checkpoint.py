@@ -40,11 +40,15 @@ def describe_mismatch(expected: Mapping[str, torch.Tensor], found: Mapping[str, 
     missing = [k for k in expected if k not in found]
     unexpected = [k for k in found if k not in expected]
     shapes = [
-        f'{k} {tuple(found[k].shape)} instead of {tuple(expected[k].shape)}'
-        for k in expected if k in found and found[k].shape != expected[k].shape
+        f'{k} {_shape(found[k])} instead of {_shape(expected[k])}'
+        for k in expected if k in found and _shape(found[k]) != _shape(expected[k])
     ]
     parts = (('keys missing', missing), ('keys not known', unexpected), ('shapes differ', shapes))
     return '; '.join(f'{len(names)} {what} ({_first(names)})' for what, names in parts if names)
+
+
+def _shape(value: Any) -> Any:
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
 
 
 def _first(names: List[str], count: int = 4) -> str:

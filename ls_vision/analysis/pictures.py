@@ -1,0 +1,344 @@
+"""Pictures of a run: its learning curve, its predictions, and what its long-short attention looks at.
+
+matplotlib is an optional dependency: nothing here is imported before a picture is drawn.
+"""
+import csv
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Optional
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ls_vision.layers import LongShortAttention2d
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INSTALL_HINT = 'matplotlib is missing; install it with: pip install ls_vision[plots]'
+
+INK, GREY, LIGHT = '#222222', '#777777', '#dddddd'
+BLUE, ORANGE, GREEN, RED = '#2b6cb0', '#dd7621', '#2a8a4a', '#c93a3a'
+
+
+@dataclass
+class Samples:
+    """Images as the model sees them, before normalisation, and their class indices."""
+
+    images: Tensor  # (B, 3, H, W) uint8
+    targets: Tensor  # (B,)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+@dataclass
+class ProjectionMaps:
+    """The dynamic projection of one attention layer for one image."""
+
+    name: str
+    attention: LongShortAttention2d
+    maps: Tensor  # (h, r, H, W); each map sums to 1
+
+
+def is_available() -> bool:
+    """Whether matplotlib is installed."""
+    return importlib.util.find_spec('matplotlib') is not None
+
+
+def pick_samples(dataset: Any, count: int, seed: int) -> Optional[Samples]:
+    """Draw images at random, without choosing, from a dataset whose transform gives uint8 images.
+
+    Returns:
+        The samples, or None where the dataset cannot be indexed.
+    """
+    if not hasattr(dataset, '__getitem__'):
+        return None
+    indices = np.random.default_rng(seed).permutation(len(dataset))[:count]
+    images, targets = zip(*(dataset[int(i)] for i in indices), strict=True)
+    return Samples(torch.stack([torch.as_tensor(np.asarray(image)) for image in images]), torch.as_tensor(targets))
+
+
+def draw_learning_curve(summary: Path, path: Path) -> None:
+    """Draw loss and accuracy per epoch from a run's summary.csv."""
+    with open(summary, newline='') as file:
+        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    epochs = [row['epoch'] + 1 for row in rows]
+    figure = _new_figure(9, 3.8)
+    loss_axes, accuracy_axes = figure.subplots(1, 2)
+
+    curves = (('train_loss', 'training', ORANGE), ('eval_loss', 'test', BLUE))
+    _draw_curves(loss_axes, epochs, rows, curves, '{:.2f}')
+    loss_axes.set_title('Loss', loc='left', fontsize=11, fontweight='bold', color=INK)
+    _draw_curves(accuracy_axes, epochs, rows, (('eval_top5', 'top-5', GREY), ('eval_top1', 'top-1', BLUE)), '{:.1f} %')
+    accuracy_axes.set_title('Test accuracy', loc='left', fontsize=11, fontweight='bold', color=INK)
+    accuracy_axes.set_ylim(0, 103)
+    accuracy_axes.yaxis.set_major_formatter('{x:.0f} %')
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1, wspace=0.06)  # type: ignore[union-attr, call-arg]
+    figure.savefig(path)
+
+
+def draw_predictions(
+        model: nn.Module,
+        samples: Samples,
+        data_config: dict[str, Any],
+        class_names: Optional[list[str]],
+        path: Path,
+) -> None:
+    """Draw test images with the predicted class, its probability and, where it is wrong, the true class."""
+    probabilities = predict(model, samples, data_config).softmax(dim=-1)
+    confidence, predicted = probabilities.max(dim=-1)
+    right = int((predicted == samples.targets).sum())
+
+    columns = min(len(samples), 6)
+    rows = -(-len(samples) // columns)
+    figure = _new_figure(1.75 * columns + 0.3, 2.15 * rows + 0.75)
+    figure.suptitle(
+        f'{len(samples)} test images drawn at random: {right} right, {len(samples) - right} wrong',
+        fontsize=13, fontweight='bold', color=INK, x=0.012, ha='left',
+    )
+    figure.get_layout_engine().set(w_pad=0.07, h_pad=0.07)  # type: ignore[union-attr, call-arg]
+    for i, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
+        if i >= len(samples):
+            axes.set_axis_off()
+            continue
+        truth, guess = int(samples.targets[i]), int(predicted[i])
+        color = GREEN if truth == guess else RED
+        _show_image(axes, samples.images[i])
+        for spine in axes.spines.values():
+            spine.set(visible=True, color=color, linewidth=2.5)
+        axes.set_title(f'{_class_name(class_names, guess)}  {confidence[i]:.0%}', fontsize=10, color=color, pad=5)
+        axes.set_xlabel(
+            'right' if truth == guess else f'is {_class_name(class_names, truth)}', fontsize=9, color=GREY, labelpad=4)
+    figure.savefig(path)
+
+
+def draw_attention(
+        model: nn.Module,
+        samples: Samples,
+        data_config: dict[str, Any],
+        class_names: Optional[list[str]],
+        path: Path,
+) -> bool:
+    """Draw what the long-short attention of a model looks at in one image.
+
+    On the left, a query token of the first such layer, the window it is in and the keys around it. On the right, per
+    head, the r maps of the dynamic projection: how much each place of the image adds to each of the r summaries that
+    every token sees. Shown for the first long-short layer of each stage.
+
+    Args:
+        model: Any model; only its long-short attention is drawn.
+        samples: The first image that the model classifies rightly is taken, else the first one.
+        data_config: Normalisation of the images.
+        class_names: Names by class index.
+        path: PNG to write.
+
+    Returns:
+        False, with nothing drawn, for a model without a dynamic projection.
+    """
+    predicted = predict(model, samples, data_config).argmax(dim=-1)
+    index = int((predicted == samples.targets).int().argmax())
+    image = samples.images[index]
+    layers = collect_projection_maps(model, _normalize(image[None], data_config, model))
+    if not layers:
+        return False
+
+    _draw_attention_figure(image, _class_name(class_names, int(samples.targets[index])), layers).savefig(path)
+    return True
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, samples: Samples, data_config: dict[str, Any]) -> Tensor:
+    """Logits of the samples, on the CPU."""
+    return model.eval()(_normalize(samples.images, data_config, model)).float().cpu()
+
+
+@torch.inference_mode()
+def collect_projection_maps(model: nn.Module, image: Tensor) -> list[ProjectionMaps]:
+    """Run one normalised image (1, 3, H, W) and keep the dynamic projection of each grid size's first layer."""
+    found: dict[tuple[int, int], ProjectionMaps] = {}
+    handles = []
+    for module in model.modules():
+        if isinstance(module, LongShortAttention2d) and module.to_dynamic_projection is not None:
+
+            def keep(_: nn.Module, args: tuple, maps: Tensor, attention: LongShortAttention2d = module) -> None:
+                feat_size = tuple(args[1])
+                if feat_size not in found:  # layers run in order
+                    grid = maps[0].float().cpu().unflatten(-1, feat_size)  # (h, r, H, W)
+                    found[feat_size] = ProjectionMaps(f'{feat_size[0]} x {feat_size[1]} grid', attention, grid)
+
+            handles.append(module.to_dynamic_projection.register_forward_hook(keep))
+    try:
+        model.eval()(image)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(found.values())
+
+
+def window_bounds(
+        query: tuple[int, int],
+        feat_size: tuple[int, int],
+        window_size: int,
+) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
+    """Where a query token (row, column) looks: its window and the keys around it, within the grid.
+
+    Returns:
+        Two boxes (top, left, bottom, right) in tokens, the end excluded.
+    """
+    pad = max(window_size // 2, 1)
+    top, left = (position // window_size * window_size for position in query)
+    window = (top, left, min(top + window_size, feat_size[0]), min(left + window_size, feat_size[1]))
+    keys = (
+        max(top - pad, 0), max(left - pad, 0),
+        min(top + window_size + pad, feat_size[0]), min(left + window_size + pad, feat_size[1]),
+    )
+    return window, keys
+
+
+def _normalize(images: Tensor, data_config: dict[str, Any], model: nn.Module) -> Tensor:
+    """(B, 3, H, W) uint8 -> what the model was trained on, on its device."""
+    device = next(model.parameters()).device
+    mean, std = (torch.tensor(data_config[name]).view(1, -1, 1, 1) for name in ('mean', 'std'))
+    return ((images.float() / 255 - mean) / std).to(device)
+
+
+def _new_figure(width: float, height: float, constrained: bool = True) -> 'Figure':
+    """A figure of its own, which needs no display and leaves pyplot's state alone."""
+    if not is_available():
+        raise ImportError(INSTALL_HINT)
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=160, facecolor='white', layout='constrained' if constrained else None)
+
+
+def _draw_curves(
+        axes: 'Axes',
+        epochs: list[float],
+        rows: list[dict[str, float]],
+        curves: tuple[tuple[str, str, str], ...],
+        number: str,
+) -> None:
+    """Curves (column, label, colour), each named at its end instead of in a legend."""
+    from matplotlib.ticker import MaxNLocator
+
+    highest = max(rows[-1][column] for column, _, _ in curves)
+    for column, label, color in curves:
+        last = rows[-1][column]
+        axes.plot(epochs, [row[column] for row in rows], color=color, linewidth=2, marker='o', markersize=3.5)
+        axes.annotate(
+            f'{label} {number.format(last)}', (epochs[-1], last), textcoords='offset points', xytext=(7, 0),
+            va='bottom' if last == highest else 'top', fontsize=9, color=color, annotation_clip=False,
+        )
+    axes.set_xlabel('epoch', color=GREY)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(axis='y', color=LIGHT, linewidth=0.8)
+    axes.tick_params(colors=GREY, length=0)
+    for side, spine in axes.spines.items():
+        spine.set(visible=side == 'bottom', color=LIGHT)
+
+
+def _show_image(axes: 'Axes', image: Tensor) -> None:
+    axes.imshow(image.permute(1, 2, 0).numpy(), interpolation='bicubic')
+    axes.set(xticks=[], yticks=[])
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def _draw_attention_figure(image: Tensor, truth: str, layers: list[ProjectionMaps]) -> 'Figure':
+    """The window on the left, the grid of maps (a row per head) on the right; all lengths in inches."""
+    heads = [(layer, head) for layer in layers for head in range(layer.attention.num_heads)][:12]
+    columns = min(max(layer.attention.rank for layer in layers), 8)
+    cell, gap, header, margin = 1.2, 0.07, 1.05, 0.3
+    picture, legend, labels = 3.2, 1.15, 1.05  # the image with the window, the lines below it, the rows' names
+    width = margin + picture + labels + columns * cell + margin
+    height = header + max(len(heads) * cell, picture + legend) + margin
+    figure = _new_figure(width, height, constrained=False)
+
+    def place(left: float, top: float, size: float) -> 'Axes':
+        return figure.add_axes((left / width, 1 - (top + size) / height, size / width, size / height))
+
+    def write(left: float, top: float, text: str, **style: Any) -> None:
+        figure.text(left / width, 1 - top / height, text, va='center', **style)
+
+    title, note = dict(fontsize=12, fontweight='bold', color=INK), dict(fontsize=9, color=GREY)
+    maps_left = margin + picture + labels
+    write(margin, 0.3, 'Short range', **title)
+    write(margin, 0.56, f'one window of the first layer, on a test image ({truth})', **note)
+    write(maps_left, 0.3, 'Long range: the dynamic projection', **title)
+    write(maps_left, 0.56, 'where each summary takes its content from; numbers: peak over uniform weight', **note)
+
+    _draw_window(place(margin, header, picture), image, layers[0])
+    for row, (layer, head) in enumerate(heads):
+        for column in range(min(layer.attention.rank, columns)):
+            axes = place(maps_left + column * cell, header + row * cell, cell - gap)
+            _draw_map(axes, image, layer.maps[head, column])
+            if row == 0:
+                axes.set_title(f'summary {column + 1}', fontsize=8, color=GREY, pad=4)
+        write(maps_left - 0.12, header + (row + 0.46) * cell, f'{layer.name}\nhead {head + 1}', fontsize=8, color=INK,
+              ha='right')
+    return figure
+
+
+def _draw_map(axes: 'Axes', image: Tensor, weights: Tensor) -> None:
+    """One map as heat over the grey image; the number is its peak as a multiple of the uniform weight."""
+    extent = (-0.5, image.shape[2] - 0.5, image.shape[1] - 0.5, -0.5)
+    grey = image.float().mean(dim=0).numpy() / 255
+    axes.imshow(0.35 + 0.65 * grey, cmap='gray', vmin=0, vmax=1, interpolation='bicubic')
+    axes.imshow(weights.numpy(), cmap='inferno', alpha=0.68, extent=extent, interpolation='bilinear', vmin=0)
+    axes.set(xticks=[], yticks=[])
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    peak = float(weights.max()) * weights.numel()
+    axes.text(
+        0.97, 0.04, f'{peak:.1f}x', transform=axes.transAxes, ha='right', va='bottom', fontsize=6.5, color='white')
+
+
+def _draw_window(axes: 'Axes', image: Tensor, layer: ProjectionMaps) -> None:
+    """The image with a query token, its window, and the keys around it; what the window cannot see is veiled."""
+    from matplotlib.patches import Rectangle
+
+    feat_size = (layer.maps.shape[-2], layer.maps.shape[-1])
+    scale = (image.shape[1] / feat_size[0], image.shape[2] / feat_size[1])  # pixels per token
+    _show_image(axes, image)
+    for i, size in enumerate(feat_size):
+        for line in range(1, size):
+            draw_line = axes.axhline if i == 0 else axes.axvline
+            draw_line(line * scale[i] - 0.5, color='white', linewidth=0.3, alpha=0.5)
+    if layer.attention.window_size == 0:
+        return
+
+    query = (feat_size[0] // 2, feat_size[1] // 2)
+    window, keys = window_bounds(query, feat_size, layer.attention.window_size)
+
+    def outline(box: tuple[int, int, int, int], **style: Any) -> None:
+        top, left, bottom, right = box
+        corner = (left * scale[1] - 0.5, top * scale[0] - 0.5)
+        axes.add_patch(Rectangle(corner, (right - left) * scale[1], (bottom - top) * scale[0], **style))
+
+    height, width = feat_size
+    veil = dict(facecolor='black', alpha=0.45, linewidth=0)
+    outline((0, 0, keys[0], width), **veil)
+    outline((keys[2], 0, height, width), **veil)
+    outline((keys[0], 0, keys[2], keys[1]), **veil)
+    outline((keys[0], keys[3], keys[2], width), **veil)
+    outline(keys, fill=False, edgecolor='#5ac8fa', linewidth=2)
+    outline(window, fill=False, edgecolor='#ffd60a', linewidth=2)
+    outline((*query, query[0] + 1, query[1] + 1), facecolor='#ff3b30', edgecolor='white', linewidth=0.8)
+    seen = (keys[2] - keys[0]) * (keys[3] - keys[1])
+    for line, (text, color) in enumerate((
+        ('query', '#ff3b30'),
+        (f'its window, {layer.attention.window_size} x {layer.attention.window_size} queries', '#c79a00'),
+        (f'the {seen} keys that the window sees', '#1f9fd6'),
+        (f'and {layer.attention.rank} summaries of the whole image (right)', GREY),
+    )):
+        axes.text(
+            0, -0.05 - 0.07 * line, ('\u25a0  ' if line < 3 else '+  ') + text, transform=axes.transAxes, fontsize=9,
+            color=color, va='top')
+
+
+def _class_name(class_names: Optional[list[str]], index: int) -> str:
+    return class_names[index] if class_names is not None else f'class {index}'

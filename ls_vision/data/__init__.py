@@ -1,0 +1,1 @@
+"""Data that timm's readers lack: small real sets, fetched and checked."""

@@ -1,0 +1,223 @@
+"""Arguments of the training script: timm's names, from a YAML file and the command line.
+
+A first parser reads `--config`; the file's values become the defaults of the second, so the command line wins. Names
+and defaults are those of timm's train.py, which therefore runs the same file.
+"""
+import argparse
+import difflib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from timm.utils import ParseKwargs
+
+from .checkpoint import atomic_write
+from .errors import UserError, first_line
+
+
+def create_parser() -> argparse.ArgumentParser:
+    """The second parser: every argument that a config file may hold."""
+    parser = argparse.ArgumentParser(
+        description='Train an image classifier; long-short models are registered with timm.',
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,  # an abbreviation would let a misspelt name through
+        parents=[_create_config_parser()],
+    )
+    _add_data_args(parser.add_argument_group('data'))
+    _add_model_args(parser.add_argument_group('model'))
+    _add_optimizer_args(parser.add_argument_group('optimiser and schedule'))
+    _add_augmentation_args(parser.add_argument_group('augmentation and regularisation'))
+    _add_run_args(parser.add_argument_group('run'))
+    return parser
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the config file, then the command line over it.
+
+    Args:
+        argv: Command line without the program's name; None reads `sys.argv`.
+
+    Returns:
+        Checked arguments.
+    """
+    config_args, remaining = _create_config_parser().parse_known_args(argv)
+    parser = create_parser()
+    if config_args.config:
+        parser.set_defaults(**read_config(config_args.config, parser))
+    args, unknown = parser.parse_known_args(remaining)
+    if unknown:
+        options = [option for action in parser._actions for option in action.option_strings]
+        raise UserError(f'unknown argument {unknown[0]}{_suggestion(unknown[0].split("=")[0], options)}')
+    del args.config  # its values are in the other arguments now
+    _check_args(args)
+    return args
+
+
+def read_config(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """Read a YAML file of arguments and check its names and types against the parser's."""
+    try:
+        config = yaml.safe_load(Path(path).read_text(encoding='utf-8'))
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f'--config {path} cannot be read: {e}') from e
+    except yaml.YAMLError as e:
+        raise UserError(f'--config {path} is not valid YAML: {e}') from e
+    if not isinstance(config, dict):
+        raise UserError(f'--config {path} must hold `name: value` lines, found {type(config).__name__}')
+
+    actions = {action.dest: action for action in parser._actions if action.dest not in ('help', 'config')}
+    for name, value in config.items():
+        if name not in actions:
+            raise UserError(f'{path}: unknown argument {name!r}{_suggestion(str(name), actions)}')
+        _check_type(path, actions[name], value)
+    return config
+
+
+def save_args(args: argparse.Namespace, path: Path) -> None:
+    """Write the arguments as a file that `--config` reads back."""
+    text = yaml.safe_dump(vars(args), sort_keys=False, allow_unicode=True)
+    atomic_write(path, lambda file: file.write(text.encode()))
+
+
+def _create_config_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument('-c', '--config', default='', metavar='FILE', help='YAML file of default arguments')
+    return parser
+
+
+def _add_data_args(group: argparse._ArgumentGroup) -> None:
+    group.add_argument('--data-dir', metavar='DIR', help='dataset folder, with one sub-folder per split')
+    group.add_argument('--dataset', default='', help='timm dataset name, e.g. hfds/...; empty reads a folder or tar')
+    group.add_argument('--train-split', default='train', help='name of the training split')
+    group.add_argument('--val-split', default='validation', help='name of the evaluation split')
+    group.add_argument('-b', '--batch-size', type=int, default=128, help='training batch')
+    group.add_argument('-vb', '--validation-batch-size', type=int, help='evaluation batch; as in training if not set')
+    group.add_argument('-j', '--workers', type=int, default=4, help='loader processes; 0 loads in the main process')
+    group.add_argument('--img-size', type=int, help="image size; the model's own if not set")
+    group.add_argument('--crop-pct', type=float, help='evaluation crop / resize ratio')
+    group.add_argument('--mean', type=float, nargs='+', help='pixel mean')
+    group.add_argument('--std', type=float, nargs='+', help='pixel standard deviation')
+    group.add_argument('--interpolation', default='', help="evaluation resize; the model's own if not set")
+
+
+def _add_model_args(group: argparse._ArgumentGroup) -> None:
+    group.add_argument('--model', default='vil_ls_tiny', help='timm model name')
+    group.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, help='constructor arguments, k=v')
+    group.add_argument('--num-classes', type=int, help="classes; the dataset's if not set")
+    group.add_argument('--pretrained', action='store_true', help='start from the published weights')
+    group.add_argument('--initial-checkpoint', default='', metavar='PATH', help='start from this weight file')
+    group.add_argument('--drop', type=float, default=0., help='classifier dropout rate')
+    group.add_argument('--drop-path', type=float, help='stochastic depth rate')
+    group.add_argument('--channels-last', action='store_true', help='channels-last memory layout')
+    group.add_argument('--model-ema', action='store_true', help='average the weights, evaluate the average')
+    group.add_argument('--model-ema-decay', type=float, default=0.9998, help='decay of the average')
+    group.add_argument('--model-ema-warmup', action='store_true', help='raise the decay from 0 at the start')
+
+
+def _add_optimizer_args(group: argparse._ArgumentGroup) -> None:
+    group.add_argument('--opt', default='sgd', help='timm optimiser name')
+    group.add_argument('--opt-eps', type=float, help="epsilon; the optimiser's own if not set")
+    group.add_argument('--opt-betas', type=float, nargs='+', help="betas; the optimiser's own if not set")
+    group.add_argument('--momentum', type=float, default=0.9, help='momentum')
+    group.add_argument('--weight-decay', type=float, default=2e-5, help='weight decay')
+    group.add_argument('--layer-decay', type=float, help='layer-wise learning-rate decay')
+    group.add_argument('--clip-grad', type=float, help='gradient clipping; none if not set')
+    group.add_argument('--clip-mode', default='norm', choices=('norm', 'value', 'agc'), help='kind of clipping')
+    group.add_argument('--lr', type=float, help='peak learning rate')
+    group.add_argument('--sched', default='cosine', help='timm schedule name')
+    group.add_argument('--sched-on-updates', action='store_true', help='step the schedule per update, not per epoch')
+    group.add_argument('--epochs', type=int, default=300, help='epochs')
+    group.add_argument('--warmup-epochs', type=int, default=5, help='epochs of linear warm-up')
+    group.add_argument('--warmup-lr', type=float, default=1e-5, help='learning rate at the start of the warm-up')
+    group.add_argument('--warmup-prefix', action='store_true', help='warm-up comes before, not within, the epochs')
+    group.add_argument('--cooldown-epochs', type=int, default=0, help='epochs at the lowest rate after the schedule')
+    group.add_argument('--min-lr', type=float, default=0., help='lowest learning rate')
+
+
+def _add_augmentation_args(group: argparse._ArgumentGroup) -> None:
+    group.add_argument('--no-aug', action='store_true', help='no augmentation at all')
+    group.add_argument('--train-crop-mode', choices=('rrc', 'rkrc', 'rkrr'), help='random crop; rrc if not set')
+    group.add_argument('--scale', type=float, nargs=2, default=[0.08, 1.0], help='area of the random crop')
+    group.add_argument('--ratio', type=float, nargs=2, default=[3 / 4, 4 / 3], help='aspect of the random crop')
+    group.add_argument('--hflip', type=float, default=0.5, help='horizontal flip probability')
+    group.add_argument('--vflip', type=float, default=0., help='vertical flip probability')
+    group.add_argument('--color-jitter', type=float, default=0.4, help='colour jitter')
+    group.add_argument('--aa', help='RandAugment or AutoAugment policy, e.g. rand-m9-mstd0.5-inc1')
+    group.add_argument('--train-interpolation', default='random', help='resize of the training crop')
+    group.add_argument('--reprob', type=float, default=0., help='random erasing probability')
+    group.add_argument('--remode', default='pixel', choices=('const', 'rand', 'pixel'), help='random erasing fill')
+    group.add_argument('--recount', type=int, default=1, help='random erasing count')
+    group.add_argument('--mixup', type=float, default=0., help='mixup alpha')
+    group.add_argument('--cutmix', type=float, default=0., help='CutMix alpha')
+    group.add_argument('--mixup-prob', type=float, default=1., help='probability of mixup or CutMix')
+    group.add_argument('--mixup-switch-prob', type=float, default=0.5, help='probability of CutMix where both are on')
+    group.add_argument('--mixup-mode', default='batch', choices=('batch', 'pair', 'elem'), help='what shares a mix')
+    group.add_argument('--mixup-off-epoch', type=int, default=0, help='epoch that ends mixup; 0 never does')
+    group.add_argument('--smoothing', type=float, default=0.1, help='label smoothing')
+
+
+def _add_run_args(group: argparse._ArgumentGroup) -> None:
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    group.add_argument('--device', default=device, help='torch device')
+    group.add_argument('--seed', type=int, default=42, help='random seed')
+    group.add_argument('--log-interval', type=int, default=50, help='updates between lines where there is no terminal')
+    group.add_argument('--output', default='', metavar='DIR', help='folder of runs; output/train if not set')
+    group.add_argument('--experiment', default='', metavar='NAME', help='folder of this run; time and model if not set')
+
+
+def _check_args(args: argparse.Namespace) -> None:
+    """Refuse what would only fail, or mislead, after work has been done."""
+    if not args.data_dir and not args.dataset:
+        raise UserError('no data: pass --data-dir (a folder with one sub-folder per split)')
+    if args.lr is None:
+        raise UserError('no learning rate: pass --lr')
+    for name in ('batch_size', 'epochs', 'log_interval', 'validation_batch_size', 'num_classes', 'img_size'):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f'--{name.replace("_", "-")} {value}: must be 1 or more')
+    for name in ('workers', 'lr', 'weight_decay', 'warmup_epochs', 'cooldown_epochs', 'clip_grad'):
+        value = getattr(args, name)
+        if value is not None and not value >= 0:  # also refuses nan
+            raise UserError(f'--{name.replace("_", "-")} {value}: must be 0 or more')
+    if args.pretrained and args.initial_checkpoint:
+        raise UserError(f'--pretrained and --initial-checkpoint {args.initial_checkpoint}: choose one')
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f'--device {args.device} cannot be used: {first_line(e)}') from e
+
+
+def _check_type(path: str, action: argparse.Action, value: Any) -> None:
+    """argparse converts and checks only strings; YAML gives typed values."""
+    if value is None or (isinstance(value, str) and action.type is not None):
+        return
+    if isinstance(action, argparse._StoreTrueAction):
+        ok, expected = isinstance(value, bool), 'true or false'
+    elif isinstance(action, ParseKwargs):
+        ok, expected = isinstance(value, dict), '`name: value` lines'
+    elif action.nargs in ('+', 2):
+        ok, expected = isinstance(value, list) and all(_is_number(v) for v in value), 'a list of numbers'
+        if ok and action.nargs == 2:
+            ok, expected = len(value) == 2, 'a list of two numbers'
+    elif action.type is int:
+        ok, expected = _is_number(value) and value == int(value), 'an integer'
+    elif action.type is float:
+        ok, expected = _is_number(value), 'a number'
+    elif action.choices is not None:
+        ok, expected = value in action.choices, 'one of ' + ', '.join(map(str, action.choices))
+    else:
+        ok, expected = isinstance(value, str), 'text'
+    if not ok:
+        raise UserError(f'{path}: {action.dest}: {value!r} is not {expected}')
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _suggestion(name: str, known: Iterable[str]) -> str:
+    """'; did you mean ...?', or nothing where no known name is close."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1) or difflib.get_close_matches(name.replace('-', '_'), known, n=1)
+    return f'; did you mean {close[0]!r}?' if close else ''

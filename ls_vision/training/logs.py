@@ -1,0 +1,71 @@
+"""What a run says: a bar in a terminal and plain lines elsewhere, and where its time went."""
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+
+def say(text: str) -> None:
+    """Print a line without tearing a progress bar."""
+    tqdm.write(text)
+    sys.stdout.flush()  # a log file is read while the run goes on
+
+
+class Progress:
+    """Progress through the batches of one pass over the data.
+
+    Args:
+        title: What the pass is, e.g. 'epoch 3/12'.
+        total: Number of batches.
+        log_interval: Batches between two lines where there is no terminal; 0 prints none.
+    """
+
+    def __init__(self, title: str, total: int, log_interval: int = 0):
+        self.title = title
+        self.total = total
+        self.log_interval = log_interval
+        self.done = 0
+        self.bar = tqdm(total=total, desc=title, unit='batch', leave=False, dynamic_ncols=True, disable=None)
+
+    def update(self, **figures: float) -> None:
+        """Count a batch and show its figures."""
+        self.done += 1
+        text = ', '.join(f'{name} {value:.4g}' for name, value in figures.items())
+        if not self.bar.disable:
+            self.bar.set_postfix_str(text, refresh=False)
+            self.bar.update()
+        elif self.log_interval and self.done % self.log_interval == 0:
+            say(f'{self.title}: {self.done}/{self.total}, {text}')
+
+    def close(self) -> None:
+        self.bar.close()
+
+    def __enter__(self) -> 'Progress':
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Stopwatch:
+    """Seconds spent per kind of work."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.start = time.perf_counter()
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - start
+
+    def __str__(self) -> str:
+        total = time.perf_counter() - self.start
+        parts = ', '.join(f'{name} {seconds:.0f} s' for name, seconds in self.seconds.items())
+        return f'{total:.0f} s ({parts})'

@@ -1,0 +1,81 @@
+"""Arguments: file, command line, and what is wrong with them."""
+from pathlib import Path
+
+import pytest
+
+from ls_vision.training.config import parse_args, save_args
+from ls_vision.training.errors import UserError
+
+
+def write(tmp_path: Path, text: str) -> str:
+    path = tmp_path / 'config.yaml'
+    path.write_text(f'data_dir: data\nlr: 0.1\n{text}\n')
+    return str(path)
+
+
+def test_command_line_wins_over_the_file(tmp_path):
+    args = parse_args(['--config', write(tmp_path, 'epochs: 7\nopt: adamw'), '--epochs', '3'])
+    assert (args.epochs, args.opt, args.lr) == (3, 'adamw', 0.1)
+
+
+def test_model_kwargs_come_from_either(tmp_path):
+    config = write(tmp_path, 'model_kwargs:\n  depths: [1, 1]\n  attn_types: [full, full]')
+    assert parse_args(['--config', config]).model_kwargs == dict(depths=[1, 1], attn_types=['full', 'full'])
+    given = parse_args(['--config', config, '--model-kwargs', 'rank=4', 'depths=(1,2)'])
+    assert given.model_kwargs == dict(rank=4, depths=(1, 2))
+
+
+def test_numbers_that_yaml_reads_as_text(tmp_path):
+    assert parse_args(['--config', write(tmp_path, 'weight_decay: 5e-4')]).weight_decay == 5e-4
+
+
+def test_saved_arguments_are_read_back(tmp_path):
+    args = parse_args(['--config', write(tmp_path, 'model_kwargs: {rank: 4}\ncolor_jitter: null'), '--drop-path', '.1'])
+    save_args(args, tmp_path / 'args.yaml')
+    assert parse_args(['--config', str(tmp_path / 'args.yaml')]) == args
+
+
+@pytest.mark.parametrize('text, message', [
+    ('epoch: 3', "unknown argument 'epoch'; did you mean 'epochs'"),
+    ('learnin_rate: 3', "unknown argument 'learnin_rate'"),
+    ('model-kwargs: {}', "unknown argument 'model-kwargs'; did you mean 'model_kwargs'"),
+    ('epochs: 2.5', 'epochs: 2.5 is not an integer'),
+    ('batch_size: [1]', r'batch_size: \[1\] is not an integer'),
+    ('scale: 0.5', 'scale: 0.5 is not a list of numbers'),
+    ('scale: [0.5]', r'scale: \[0.5\] is not a list of two numbers'),
+    ('hflip: true', 'hflip: True is not a number'),
+    ('model_ema: 3', 'model_ema: 3 is not true or false'),
+    ('model: 3', 'model: 3 is not text'),
+    ('clip_mode: soft', "clip_mode: 'soft' is not one of norm, value, agc"),
+    ('model_kwargs: 3', 'model_kwargs: 3 is not `name: value` lines'),
+    ('epochs: 0', '--epochs 0: must be 1 or more'),
+    ('weight_decay: -1', '--weight-decay -1: must be 0 or more'),
+    ('device: abacus', '--device abacus cannot be used'),
+    ('a: [', 'is not valid YAML'),
+])
+def test_wrong_value_in_the_file(tmp_path, text, message):
+    with pytest.raises(UserError, match=message):
+        parse_args(['--config', write(tmp_path, text)])
+
+
+@pytest.mark.parametrize('argv, message', [
+    (['--epoch', '3'], "unknown argument --epoch; did you mean '--epochs'"),
+    (['--config', 'nowhere.yaml'], 'nowhere.yaml cannot be read'),
+    (['--lr', '.1'], 'no data: pass --data-dir'),
+    (['--data-dir', 'x'], 'no learning rate: pass --lr'),
+])
+def test_wrong_command_line(argv, message):
+    with pytest.raises(UserError, match=message):
+        parse_args(argv)
+
+
+def test_wrong_type_on_the_command_line(capsys):
+    with pytest.raises(SystemExit):
+        parse_args(['--epochs', 'ten'])
+    assert "invalid int value: 'ten'" in capsys.readouterr().err
+
+
+def test_file_that_is_a_list(tmp_path):
+    (tmp_path / 'list.yaml').write_text('- epochs\n')
+    with pytest.raises(UserError, match='must hold `name: value` lines, found list'):
+        parse_args(['--config', str(tmp_path / 'list.yaml')])

@@ -1,0 +1,141 @@
+"""The training script, end to end on a folder of 16 images."""
+import csv
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from training_helpers import Gadget, write_images
+
+import train_imagenet
+
+SCRIPT = Path(train_imagenet.__file__)
+
+
+def run(config, *argv):
+    return train_imagenet.main(['--config', str(config), *argv])
+
+
+def test_end_to_end(config, capsys):
+    result = run(config)
+    output = result['output']
+    assert sorted(p.name for p in output.iterdir()) == [
+        'args.yaml', 'attention.png', 'last.pth.tar', 'learning_curve.png', 'model_best.pth.tar', 'predictions.png',
+        'summary.csv',
+    ]
+    with open(output / 'summary.csv', newline='') as file:
+        rows = list(csv.DictReader(file))
+    assert [row['epoch'] for row in rows] == ['0', '1']
+    assert float(rows[-1]['eval_top1']) == result['top1']
+    assert result['images'] == 8
+    assert f'top-1 {result["top1"]:.2f} %, top-5 100.00 % on 8 images' in capsys.readouterr().out
+    for name in ('attention', 'learning_curve', 'predictions'):
+        assert min(Image.open(output / f'{name}.png').size) > 300
+
+
+def test_checkpoint_loads_into_timm_and_gives_the_printed_accuracy(config, image_folder):
+    result = run(config, '--epochs', '1')
+    model = timm.create_model(
+        'vil_ls_tiny', num_classes=2, img_size=32, patch_size=4, embed_dims=(8, 16, 16, 16), num_heads=(1, 2, 2, 2),
+        depths=(1, 1, 1, 1), window_size=2, rank=3, checkpoint_path=result['output'] / 'last.pth.tar',
+    ).eval()
+    dataset = timm.data.create_dataset('', root=str(image_folder), split='validation')
+    dataset.transform = timm.data.create_transform(32, crop_pct=0.875, interpolation='bicubic')
+    right = sum(int(model(image[None]).argmax() == target) for image, target in dataset)
+    assert 100 * right / len(dataset) == result['top1']
+
+
+def test_same_seed_gives_the_same_weights(config):
+    first = torch.load(run(config, '--experiment', 'a')['output'] / 'last.pth.tar')['state_dict']
+    second = torch.load(run(config, '--experiment', 'b')['output'] / 'last.pth.tar')['state_dict']
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_averaged_weights_mixup_clipping_and_workers(config):
+    result = run(
+        config, '--model-ema', '--model-ema-decay', '.5', '--mixup', '.8', '--cutmix', '1', '--mixup-off-epoch', '1',
+        '--clip-grad', '1', '--aa', 'rand-m3-inc1', '--reprob', '.25', '--channels-last', '--workers', '1',
+    )
+    checkpoint = torch.load(result['output'] / 'last.pth.tar')
+    assert checkpoint['state_dict'].keys() == checkpoint['state_dict_ema'].keys()
+    assert not torch.equal(checkpoint['state_dict']['head.fc.weight'], checkpoint['state_dict_ema']['head.fc.weight'])
+
+
+def test_starts_from_a_checkpoint(config):
+    first = run(config, '--epochs', '1')['output'] / 'last.pth.tar'
+    again = run(config, '--epochs', '1', '--lr', '0', '--experiment', 'again', '--initial-checkpoint', str(first))
+    before, after = (torch.load(p)['state_dict'] for p in (first, again['output'] / 'last.pth.tar'))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_model_without_long_short_attention_gets_no_attention_picture(config, capsys):
+    result = run(config, '--model', 'test_vit2', '--model-kwargs', '--epochs', '1')
+    assert not (result['output'] / 'attention.png').exists()
+    assert 'test_vit2 has no long-short attention' in capsys.readouterr().out
+
+
+def test_evaluation_classes_keep_the_indices_of_training(config, image_folder):
+    """A test split that lacks the first class must not number the second one 0."""
+    for path in (image_folder / 'val' / 'dark').iterdir():
+        path.unlink()
+    (image_folder / 'val' / 'dark').rmdir()
+    datasets = train_imagenet.create_datasets(train_imagenet.parse_args(['--config', str(config)]))
+    assert {datasets.val[i][1] for i in range(len(datasets.val))} == {1}
+
+
+@pytest.mark.parametrize('argv, message', [
+    (['--num-classes', '7'], '--num-classes 7 does not fit .* which has 2 classes: pass --num-classes 2'),
+    (['--data-dir', 'nowhere'], '--data-dir nowhere does not exist'),
+    (['--val-split', 'test'], r"no folder for split 'test' \(looked for test\); it holds train, val"),
+    (['--batch-size', '64'], '--batch-size 64 exceeds the 16 training images'),
+    (['--model', 'vil_ls_tinny'], "unknown model 'vil_ls_tinny'; did you mean vil_ls_tiny"),
+    (['--model-kwargs', 'ranks=3'], 'model vil_ls_tiny cannot be built .*ranks'),
+    (['--initial-checkpoint', 'nowhere.pth'], 'checkpoint nowhere.pth does not exist'),
+    (['--opt', 'adamwww'], '--opt adamwww'),
+    (['--lr', '1e30', '--opt', 'sgd'], 'loss .* at update'),
+    (['--epoch', '3'], "unknown argument --epoch; did you mean '--epochs'"),
+])
+def test_wrong_input_is_one_line(config, argv, message):
+    with pytest.raises(SystemExit, match=message) as error:
+        run(config, *argv)
+    assert '\n' not in str(error.value)
+
+
+def test_empty_split(config, image_folder):
+    for path in (image_folder / 'train').rglob('*.png'):
+        path.unlink()
+    with pytest.raises(SystemExit, match='Found 0 images in subfolders'):
+        run(config)
+
+
+def test_test_split_with_unknown_classes(config, image_folder):
+    write_images(image_folder / 'val' / 'extra', 1)
+    (image_folder / 'val' / 'extra' / 'dark').rename(image_folder / 'val' / 'blue')
+    with pytest.raises(SystemExit, match=r"has 1 classes that .* lacks, e.g. \['blue'\]"):
+        run(config)
+
+
+def test_malicious_checkpoint_is_refused_before_training(config, tmp_path):
+    torch.save(dict(state_dict=Gadget(tmp_path / 'ran')), tmp_path / 'bad.pth')
+    with pytest.raises(SystemExit, match=r'bad.pth was refused: it holds posix.system|nt.system'):
+        run(config, '--initial-checkpoint', str(tmp_path / 'bad.pth'))
+    assert not (tmp_path / 'ran').exists()
+
+
+def test_interrupt_ends_cleanly(config, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), '--config', str(config), '--epochs', '100000', '--workers', '1'],
+        cwd=SCRIPT.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )
+    for line in process.stdout:
+        if line.startswith('epoch 2/'):
+            process.send_signal(signal.SIGINT)
+            break
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert 'Interrupted. The last complete epoch is in' in out
+    assert 'Traceback' not in err

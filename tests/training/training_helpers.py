@@ -1,0 +1,28 @@
+"""What several tests here need: image files, and a file that nobody should load."""
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+CLASSES = ('dark', 'light')
+
+
+def write_images(folder: Path, count: int, seed: int = 0) -> None:
+    """`count` noisy 32 x 32 PNG files in a folder per class; the classes differ in brightness."""
+    rng = np.random.default_rng(seed)
+    for label, name in enumerate(CLASSES):
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = rng.integers(0, 120, size=(32, 32, 3)) + 110 * label
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f'{i}.png')
+
+
+class Gadget:
+    """What an attacker pickles: loading it would run a command."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f'touch {self.path}',)
