@@ -12,7 +12,7 @@ Gradients = Tuple[Tensor, Tensor, Tensor, Optional[Tensor], Optional[Tensor], Op
 
 
 def choose_backend(name: str, query: Tensor) -> str:
-    """The backend of that name, or the best for the query's device and precision where the name is empty.
+    """The backend of that name, by default the portable one: the Triton kernels have not run on a GPU yet.
 
     Raises:
         ValueError: The named backend can't run here.
@@ -21,7 +21,7 @@ def choose_backend(name: str, query: Tensor) -> str:
         raise ValueError(
             f"backend 'triton' can't run on {query.device.type} tensors of {query.dtype} here; it needs the triton "
             "package and CUDA tensors of 16 or 32 bits. Use 'blocked'.")
-    return name or ('triton' if query.is_cuda and _has_triton(query) else 'blocked')
+    return name or 'blocked'
 
 
 def _has_triton(query: Tensor) -> bool:

@@ -44,8 +44,8 @@ def long_short_attention(
         bias: (h, Q, K) added to the scaled logits of a window's keys, or None.
         scale: Factor on query . key; d ** -0.5 by default.
         dropout_p: Probability with which an attention weight is dropped; gathers all tiles where it is not 0.
-        backend: 'reference' (dense, slow), 'blocked' (portable) or 'triton' (CUDA); by default the environment variable
-            LS_VISION_BACKEND, else 'triton' on CUDA where Triton is there and 'blocked' elsewhere.
+        backend: 'reference' (dense, slow), 'blocked' (portable) or 'triton' (CUDA, experimental); by default the
+            environment variable LS_VISION_BACKEND, else 'blocked'.
 
     Returns:
         (B, H, W, h, d), in the dtype of the query.
@@ -60,7 +60,7 @@ def long_short_attention(
         if additional_keys is not None and additional_values is not None:
             additional_keys, additional_values = _autocast(additional_keys), _autocast(additional_values)
         check_backend(backend)
-        if _resolve(backend or '', query) == 'reference':
+        if _resolve(backend or '', query) == 'reference' and dropout_p == 0.:
             return reference_attention(
                 query, key, value, window_size, additional_keys, additional_values, bias, scale)
     if window_size > 0 and dropout_p == 0.:

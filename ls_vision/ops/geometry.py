@@ -35,11 +35,32 @@ def window_offsets(window_size: int, device: torch.device) -> Tuple[Tensor, Tens
     return rows.reshape(-1, side * side), cols.reshape(-1, side * side)
 
 
-def window_key_index(
-        feat_size: Tuple[int, int],
-        window_size: int,
-        device: torch.device,
-) -> Tuple[Tensor, Tensor]:
+def window_query_index(feat_size: Tuple[int, int], window_size: int, device: torch.device) -> Tuple[Tensor, Tensor]:
+    """Where each window's queries are in the raster of the grid, and where each token is in the list of windows.
+
+    Args:
+        feat_size: (H, W) of the grid in tokens.
+        window_size: w.
+        device: Where to put the result.
+
+    Returns:
+        to_windows: (nH * nW, Q) token numbers, those of queries outside the grid clamped to its edge.
+        to_raster: (H * W,) numbers in the flattened list of windows.
+    """
+    H, W = feat_size
+    nH, nW = num_windows(feat_size, window_size)
+    query = torch.arange(window_size, device=device)
+    rows = (torch.arange(nH, device=device)[:, None] * window_size + query).clamp(max=H - 1)  # (nH, w)
+    cols = (torch.arange(nW, device=device)[:, None] * window_size + query).clamp(max=W - 1)  # (nW, w)
+    to_windows = rows[:, None, :, None] * W + cols[None, :, None, :]  # (nH, nW, w, w)
+    row = torch.arange(H, device=device)[:, None]
+    col = torch.arange(W, device=device)[None, :]
+    window = (row // window_size) * nW + col // window_size  # (H, W)
+    to_raster = (window * window_size + row % window_size) * window_size + col % window_size
+    return to_windows.reshape(-1, window_size * window_size), to_raster.flatten()
+
+
+def window_key_index(feat_size: Tuple[int, int], window_size: int, device: torch.device) -> Tuple[Tensor, Tensor]:
     """Where each window's keys are in the raster of the grid.
 
     Args:

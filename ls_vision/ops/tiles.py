@@ -1,4 +1,4 @@
-"""Long-short attention on gathered tiles: plain tensor operations that autograd, TorchScript and exporters can follow.
+"""Long-short attention on gathered tiles: plain tensor operations that autograd and exporters follow at any size.
 
 Shapes: B batch, H x W grid, N = H * W, h heads, d head width, M additional keys, w window size, nH x nW windows,
 T = nH * nW, Q = w * w queries and K = (w + 2p)^2 keys of a window, p the key margin.
@@ -9,25 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .geometry import num_windows, window_key_index
-
-
-def split_windows(x: Tensor, window_size: int) -> Tensor:
-    """(B, H, W, h, d) -> (B * T, h, Q, d), with zeros where a window reaches over the grid's edge."""
-    B, H, W, h, d = x.shape
-    nH, nW = num_windows((H, W), window_size)
-    x = F.pad(x, (0, 0, 0, 0, 0, nW * window_size - W, 0, nH * window_size - H))
-    x = x.reshape(B, nH, window_size, nW, window_size, h, d)
-    return x.permute(0, 1, 3, 5, 2, 4, 6).reshape(B * nH * nW, h, window_size * window_size, d)
+from .geometry import num_windows, window_key_index, window_query_index
 
 
 def merge_windows(x: Tensor, feat_size: Tuple[int, int], window_size: int) -> Tensor:
-    """(B * T, h, Q, d) -> (B, H, W, h, d), the inverse of `split_windows`."""
+    """(B * T, h, Q, d) -> (B, H, W, h, d), from the windows of `gather_tiles` back to the raster."""
     H, W = feat_size
     nH, nW = num_windows(feat_size, window_size)
     h, d = x.shape[1], x.shape[3]
-    x = x.reshape(-1, nH, nW, h, window_size, window_size, d).permute(0, 1, 4, 2, 5, 3, 6)
-    return x.reshape(-1, nH * window_size, nW * window_size, h, d)[:, :H, :W].contiguous()
+    _, to_raster = window_query_index(feat_size, window_size, x.device)
+    x = x.transpose(1, 2).reshape(-1, nH * nW * window_size * window_size, h, d)
+    return x[:, to_raster].reshape(-1, H, W, h, d)
 
 
 def gather_tiles(
@@ -70,5 +62,6 @@ def gather_tiles(
         k = torch.cat([additional_keys[:, None].expand(-1, T, -1, -1, -1), k], dim=2)  # (B, T, M + K, h, d)
         v = torch.cat([additional_values[:, None].expand(-1, T, -1, -1, -1), v], dim=2)
         mask = F.pad(mask, (M, 0))
-    q = split_windows(query, window_size)
+    to_windows, _ = window_query_index((H, W), window_size, query.device)  # (T, Q)
+    q = query.reshape(B, H * W, h, d)[:, to_windows].flatten(0, 1).transpose(1, 2)
     return q, k.flatten(0, 1).transpose(1, 2), v.flatten(0, 1).transpose(1, 2), mask.repeat(B, 1, 1, 1)

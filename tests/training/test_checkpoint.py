@@ -87,7 +87,10 @@ def test_missing_file_and_no_dictionary(tmp_path):
 
 def test_weights_of_another_architecture_name_a_few_keys(tmp_path):
     torch.save(nn.Sequential(*[nn.Linear(2, 2) for _ in range(6)]).state_dict(), tmp_path / 'w.pth')
-    with pytest.raises(UserError, match=r'does not fit Linear: 2 keys missing \(weight, bias\); 12 keys not known \(0.weight.*\.\.\.\)'):
+    message = (
+        r'does not fit Linear: 2 keys missing \(weight, bias\); '
+        r'12 keys not known \(0.weight.*\.\.\.\)')
+    with pytest.raises(UserError, match=message):
         load_weights(nn.Linear(2, 2), tmp_path / 'w.pth')
     torch.save(nn.Linear(3, 2).state_dict(), tmp_path / 'w.pth')
     with pytest.raises(UserError, match=r'1 shapes differ \(weight \(2, 3\) instead of \(2, 2\)\)'):

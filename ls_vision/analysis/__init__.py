@@ -1,0 +1,1 @@
+"""Looking at models: pictures of what they learn and predict."""

@@ -1,0 +1,71 @@
+"""Writes a model as ONNX, for any batch and image size: `python -m ls_vision.export vil_ls_tiny --out model.onnx`.
+
+Needs the `onnx` extra. Loads nothing but ONNX's own operators, whatever runs the file.
+"""
+import argparse
+import os
+from pathlib import Path
+from typing import List, Optional, Sequence, Tuple, Union
+
+import timm
+import torch
+from torch import nn
+from torch.export import Dim
+
+import ls_vision  # noqa: F401, registers the models
+
+
+def export_onnx(
+        model: nn.Module,
+        path: Union[str, Path],
+        img_size: Tuple[int, int] = (224, 224),
+        opset: int = 20,
+) -> None:
+    """Writes a model in evaluation mode; batch, height and width stay open.
+
+    Args:
+        model: One of this package's models, or any other that `torch.export` follows at open sizes.
+        path: Of the file; it appears when it is complete.
+        img_size: (H, W) in pixels of the example that the model is traced with.
+        opset: Of the file.
+    """
+    # not 1, which would be taken for a constant
+    example = torch.randn(2, getattr(model, 'in_chans', 3), *img_size)
+    modules = [(m, m.fused_attn) for m in model.modules() if hasattr(m, 'fused_attn')]
+    for module, _ in modules:
+        setattr(module, 'fused_attn', False)  # noqa: B010; ONNX has no operator for this attention, only for its parts
+    try:
+        program = torch.onnx.export(
+            model.eval(), (example,), dynamo=True, opset_version=opset, input_names=['image'], output_names=['output'],
+            dynamic_shapes=({0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC},), verbose=False)
+    finally:
+        for module, fused_attn in modules:
+            setattr(module, 'fused_attn', fused_attn)  # noqa: B010
+    assert program is not None
+    temporary = Path(f'{path}.tmp')
+    program.save(temporary, external_data=False)
+    os.replace(temporary, path)
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0], allow_abbrev=False)
+    parser.add_argument('model', help='name of a registered model, e.g. vil_ls_tiny')
+    parser.add_argument('--out', required=True, help='file to write')
+    parser.add_argument('--checkpoint', default=None, help='weights to load; random ones without it')
+    parser.add_argument('--num-classes', type=int, default=None, help='width of the classifier')
+    parser.add_argument('--img-size', type=int, nargs='+', default=[224], help='of the traced example: side, or H W')
+    args = parser.parse_args(argv)
+    if not timm.is_model(args.model):
+        raise SystemExit(f'error: unknown model {args.model!r}; timm.list_models() names them.')
+    try:
+        import onnxscript  # noqa: F401
+    except ImportError:
+        raise SystemExit("error: ONNX export needs more packages: pip install 'ls_vision[onnx]'") from None
+    size: List[int] = args.img_size * 2 if len(args.img_size) == 1 else args.img_size
+    model = timm.create_model(args.model, num_classes=args.num_classes, checkpoint_path=args.checkpoint)
+    export_onnx(model, args.out, (size[0], size[1]))
+    print(f'{args.out}: {Path(args.out).stat().st_size / 2 ** 20:.1f} MiB, input image (batch, 3, height, width)')
+
+
+if __name__ == '__main__':
+    main()
