@@ -33,7 +33,7 @@ def export_onnx(
     example = torch.randn(2, getattr(model, 'in_chans', 3), *img_size)
     modules = [(m, m.fused_attn) for m in model.modules() if hasattr(m, 'fused_attn')]
     for module, _ in modules:
-        setattr(module, 'fused_attn', False)  # noqa: B010; ONNX has no operator for this attention, only for its parts
+        setattr(module, 'fused_attn', False)  # noqa: B010  ONNX has no operator for attention, only for its parts
     try:
         program = torch.onnx.export(
             model.eval(), (example,), dynamo=True, opset_version=opset, input_names=['image'], output_names=['output'],
