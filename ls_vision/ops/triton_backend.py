@@ -1,0 +1,437 @@
+"""Launches the fused kernels of long-short attention: tiles, block shapes, bias tables, buffers.
+
+Shapes: B batch, H x W grid, h heads, d head width, M additional keys, w window size, p key margin, Q = w * w queries
+and K = (w + 2p)^2 keys of a window.
+
+Triton is imported on first use: PyTorch has builds without it.
+"""
+import contextlib
+import functools
+import importlib
+import importlib.util
+import math
+import os
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .geometry import key_margin
+
+# Set to 0 to take the first of each kernel's block shapes instead of timing them on the first call of a kind.
+AUTOTUNE_ENV = 'LS_VISION_TRITON_AUTOTUNE'
+
+# Tokens on a side of a tile, unless one window is wider.
+_TILE_SIDE = 8
+# Rows of bias tables are padded to a multiple of this, which kernels rely on to read whole vectors.
+_TABLE_ROW = 16
+# Gradients that many programs add to are summed in two steps. The first takes about as many programs as fill a large
+# GPU a few times, which bounds the partial sums; each has at least some blocks to add up.
+_REDUCTION_PROGRAMS = 1024
+_REDUCTION_STEPS = 4
+
+Arguments = Dict[str, Any]
+Gradients = Tuple[Tensor, Tensor, Tensor, Optional[Tensor], Optional[Tensor], Optional[Tensor]]
+
+
+class Blocks(NamedTuple):
+    """Block shape of a kernel, and how to compile it."""
+    queries: int
+    keys: int
+    num_warps: int
+    num_stages: int
+    # the most per thread; by default the assembler decides, and may spill a few to fit one more block of threads
+    registers: Optional[int] = None
+
+
+# By kernel and head width up to which they serve, for operands of 16 bits. The first is the default, the others are
+# alternatives to time; those of the additional keys' and the bias's gradient have equal shapes, for the buffers of
+# partial sums depend on them. None of them spills registers: tests/ops/test_triton.py compiles them.
+_HOPPER_BLOCKS: Dict[str, Dict[int, List[Blocks]]] = {
+    'forward': {
+        64: [Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 3), Blocks(64, 32, 4, 3)],
+        128: [Blocks(64, 32, 4, 2), Blocks(64, 64, 8, 2)],
+    },
+    'query_gradient': {
+        64: [Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 3), Blocks(64, 32, 4, 3)],
+        128: [Blocks(64, 32, 4, 2), Blocks(64, 64, 8, 2)],
+    },
+    'key_gradient': {
+        64: [Blocks(32, 64, 4, 2), Blocks(32, 64, 4, 3), Blocks(64, 64, 8, 2)],
+        128: [Blocks(32, 64, 8, 2)],
+    },
+    'additional_gradient': {64: [Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 3)], 128: [Blocks(32, 64, 8, 2)]},
+    'bias_gradient': {64: [Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 3)], 128: [Blocks(64, 64, 8, 2)]},
+}
+_AMPERE_BLOCKS: Dict[str, Dict[int, List[Blocks]]] = {
+    'forward': {
+        32: [Blocks(64, 64, 4, 2), Blocks(64, 32, 4, 3, 128)],
+        64: [Blocks(64, 32, 4, 3)],
+        128: [Blocks(64, 32, 8, 2)],
+    },
+    'query_gradient': {
+        32: [Blocks(64, 64, 4, 2), Blocks(64, 32, 4, 3)],
+        64: [Blocks(64, 32, 4, 2)],
+        128: [Blocks(32, 64, 8, 2)],
+    },
+    'key_gradient': {64: [Blocks(32, 64, 4, 2), Blocks(32, 64, 4, 3)], 128: [Blocks(32, 64, 8, 2)]},
+    'additional_gradient': {64: [Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 3)], 128: [Blocks(32, 64, 8, 2)]},
+    'bias_gradient': {64: [Blocks(32, 64, 8, 2), Blocks(32, 64, 8, 3)], 128: [Blocks(32, 64, 8, 2)]},
+}
+# float32 is multiplied without tensor cores, in full precision
+_FLOAT32_BLOCKS: Dict[str, Dict[int, List[Blocks]]] = {
+    'forward': {64: [Blocks(64, 32, 8, 2, 255)], 128: [Blocks(64, 32, 16, 2, 128)]},
+    'query_gradient': {64: [Blocks(64, 32, 8, 2, 255)], 128: [Blocks(64, 32, 16, 2, 128)]},
+    'key_gradient': {64: [Blocks(32, 32, 8, 2, 255)], 128: [Blocks(32, 32, 16, 2, 128)]},
+    'additional_gradient': {64: [Blocks(32, 32, 8, 2, 255)], 128: [Blocks(32, 32, 16, 2, 128)]},
+    'bias_gradient': {64: [Blocks(32, 32, 8, 2, 255)], 128: [Blocks(32, 32, 16, 2, 128)]},
+}
+# the interpreter takes the same time for a block of any size
+_INTERPRETER_BLOCKS = Blocks(128, 256, 4, 1)
+
+
+def is_available() -> bool:
+    """Is Triton there, and something to run its kernels on: a GPU since Ampere, or its interpreter?"""
+    if importlib.util.find_spec('triton') is None:
+        return False
+    has_gpu = torch.version.cuda is not None and torch.cuda.is_available()
+    return _interpreting() or (has_gpu and torch.cuda.get_device_capability() >= (8, 0))
+
+
+def tile_side(window_size: int) -> int:
+    """Tokens on a side of a tile: 8 x 8, 4 x 4, 2 x 2, 2 x 2 windows for w = 1, 2, 3, 4, else one window."""
+    return max(_TILE_SIDE // window_size, 1) * window_size
+
+
+def block_shapes(kernel: str, head_dim: int, dtype: torch.dtype, capability: Tuple[int, int]) -> List[Blocks]:
+    """Block shapes to choose from, the default first."""
+    if dtype == torch.float32:
+        table = _FLOAT32_BLOCKS
+    else:
+        table = _HOPPER_BLOCKS if capability[0] == 9 else _AMPERE_BLOCKS
+    return next(shapes for width, shapes in sorted(table[kernel].items()) if head_dim <= width)
+
+
+def constants(head_dim: int, window_size: int, num_additional: int, has_bias: bool, dtype: torch.dtype) -> Arguments:
+    """Compile-time arguments of the kernels, but for block shapes."""
+    side = tile_side(window_size)
+    block_m = max(_power_of_two(num_additional), 16)
+    # products of float32 have the precision that the user allows PyTorch's
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return dict(
+        HEAD_DIM=head_dim,
+        D=max(_power_of_two(head_dim), 16),  # the least that tensor cores take
+        WINDOW=window_size,
+        MARGIN=key_margin(window_size),
+        TILE_ROWS=side,
+        TILE_COLS=side,
+        M=num_additional,
+        # of the loop over additional keys, and of the kernel that owns some of them
+        BLOCK_M=min(block_m, 32),
+        ROWS_M=min(block_m, 32 if dtype == torch.float32 else 64),
+        HAS_BIAS=has_bias,
+        PRECISION='tf32' if tf32 else 'ieee',
+    )
+
+
+def triton_forward(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        window_size: int,
+        additional_keys: Optional[Tensor] = None,
+        additional_values: Optional[Tensor] = None,
+        bias: Optional[Tensor] = None,
+        scale: float = 1.0,
+) -> Tuple[Tensor, Tensor]:
+    """Arguments as in `ls_vision.ops.long_short_attention`, with window_size > 0.
+
+    Returns:
+        out: (B, H, W, h, d) in the query's dtype, contiguous.
+        lse: (B, h, H, W) float32, the logarithm of each query's sum of exponentiated logits.
+    """
+    B, H, W, h, d = query.shape
+    out = torch.empty((B, H, W, h, d), dtype=query.dtype, device=query.device)
+    lse = torch.empty((B, h, H, W), dtype=torch.float32, device=query.device)
+    arguments = _arguments(query, key, value, window_size, additional_keys, additional_values, bias, scale)
+    arguments.update(out_ptr=out, lse_ptr=lse, **_query_table(bias, window_size, lse))
+    tiles = B * h * arguments['tiles_y'] * arguments['tiles_x']
+    _launch('forward', tiles, arguments, BLOCK_Q=tile_side(window_size) ** 2)
+    return out, lse
+
+
+def triton_backward(
+        grad_out: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        window_size: int,
+        additional_keys: Optional[Tensor],
+        additional_values: Optional[Tensor],
+        bias: Optional[Tensor],
+        scale: float,
+        out: Tensor,
+        lse: Tensor,
+) -> Gradients:
+    """Gradients of `triton_forward`, from its arguments and results.
+
+    No atomics: the same input gives the same bits, as long as block shapes stay the same.
+
+    Returns:
+        Gradients of query, key, value, additional_keys, additional_values and bias, None for those that are None;
+        contiguous, in the inputs' dtypes but for that of the bias, (h, Q, K) float32.
+    """
+    B, H, W, h, d = query.shape
+    side, margin = tile_side(window_size), key_margin(window_size)
+    arguments = _arguments(query, key, value, window_size, additional_keys, additional_values, bias, scale)
+    delta = torch.empty_like(lse)
+    dq, dk, dv = (torch.empty((B, H, W, h, d), dtype=x.dtype, device=x.device) for x in (query, key, value))
+    arguments.update(out_ptr=out.contiguous(), lse_ptr=lse.contiguous(), delta_ptr=delta)
+    arguments.update(**_token_arguments('dout', _readable(grad_out, query.dtype)))
+    query_table = _query_table(bias, window_size, lse)
+    tiles = B * h * arguments['tiles_y'] * arguments['tiles_x']
+
+    # also fills in delta, so it comes first
+    _launch('query_gradient', tiles, {**arguments, **query_table, 'dq_ptr': dq}, BLOCK_Q=side ** 2)
+
+    # key tiles begin p tokens before the grid
+    tiles_y, tiles_x = _ceil_div(H + margin, side), _ceil_div(W + margin, side)
+    key_arguments = dict(dk_ptr=dk, dv_ptr=dv, tiles_y=tiles_y, tiles_x=tiles_x, **_key_table(bias, window_size, lse))
+    _launch('key_gradient', B * h * tiles_y * tiles_x, {**arguments, **key_arguments}, BLOCK_K=side ** 2)
+
+    dak, dav = None, None
+    if additional_keys is not None and additional_values is not None:
+        dak, dav = _additional_gradient(arguments, query, additional_keys, additional_values)
+    dbias = None if bias is None else _bias_gradient({**arguments, **query_table}, query, window_size)
+    return dq, dk, dv, dak, dav, dbias
+
+
+def _additional_gradient(
+        arguments: Arguments,
+        query: Tensor,
+        additional_keys: Tensor,
+        additional_values: Tensor,
+) -> Tuple[Tensor, Tensor]:
+    B, H, W, h, d = query.shape
+    M = additional_keys.shape[1]
+    if M == 0:
+        return torch.zeros_like(additional_keys), torch.zeros_like(additional_values)
+    block = _blocks('additional_gradient', query)[0].queries
+    m_blocks = _ceil_div(M, arguments['ROWS_M'])
+    steps = max(_ceil_div(_ceil_div(H * W, block) * B * h * m_blocks, _REDUCTION_PROGRAMS), _REDUCTION_STEPS)
+    splits = _ceil_div(H * W, steps * block)
+    dak, dav = torch.empty((2, splits, B, M, h, d), dtype=torch.float32, device=query.device)
+    own = dict(dak_ptr=dak, dav_ptr=dav, splits=splits, chunk=steps * block)
+    _launch('additional_gradient', B * h * splits * m_blocks, {**arguments, **own})
+    return dak.sum(0).to(additional_keys.dtype), dav.sum(0).to(additional_values.dtype)
+
+
+def _bias_gradient(arguments: Arguments, query: Tensor, window_size: int) -> Tensor:
+    B, h = query.shape[0], query.shape[3]
+    side, margin = tile_side(window_size), key_margin(window_size)
+    blocks = _blocks('bias_gradient', query)[0]
+    q_blocks, k_blocks = _ceil_div(side ** 2, blocks.queries), _ceil_div((side + 2 * margin) ** 2, blocks.keys)
+    pairs = h * q_blocks * k_blocks
+    tiles = B * arguments['tiles_y'] * arguments['tiles_x']
+    steps = max(_ceil_div(tiles * pairs, _REDUCTION_PROGRAMS), _REDUCTION_STEPS)
+    groups = _ceil_div(tiles, steps)
+    # float32 sums of a tile's queries and keys, in whole blocks
+    shape = (groups, h, q_blocks * blocks.queries, k_blocks * blocks.keys)
+    dbias = torch.empty(shape, dtype=torch.float32, device=query.device)
+    _launch('bias_gradient', pairs * groups, {**arguments, 'dbias_ptr': dbias, 'groups': groups})
+    return _fold_windows(dbias.sum(0)[:, :side ** 2, :(side + 2 * margin) ** 2], window_size)
+
+
+def _fold_windows(x: Tensor, window_size: int) -> Tensor:
+    """Sums the pairs of a tile, (h, side^2, (side + 2p)^2), over its windows -> (h, Q, K)."""
+    w, side, margin = window_size, tile_side(window_size), key_margin(window_size)
+    span = w + 2 * margin
+    x = x.unflatten(1, (side, side)).unflatten(3, (side + 2 * margin, side + 2 * margin))
+    windows = [
+        x[:, i:i + w, j:j + w, i:i + span, j:j + span].reshape(-1, w * w, span * span)
+        for i in range(0, side, w)
+        for j in range(0, side, w)
+    ]
+    return functools.reduce(torch.add, windows).contiguous()
+
+
+def _arguments(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        window_size: int,
+        additional_keys: Optional[Tensor],
+        additional_values: Optional[Tensor],
+        bias: Optional[Tensor],
+        scale: float,
+) -> Arguments:
+    """What the kernels have in common, by the names of their parameters."""
+    B, H, W, h, d = query.shape
+    side = tile_side(window_size)
+    M = 0 if additional_keys is None else additional_keys.shape[1]
+    arguments: Arguments = dict(B=B, h=h, H=H, W=W, tiles_y=_ceil_div(H, side), tiles_x=_ceil_div(W, side), scale=scale)
+    for name, x in (('q', query), ('k', key), ('v', value)):
+        arguments.update(_token_arguments(name, _readable(x, query.dtype)))
+    for name, tokens in (('ak', additional_keys), ('av', additional_values)):
+        # without additional keys the pointer is not used, but there must be one
+        x = query if tokens is None else _readable(tokens, query.dtype)
+        b, m, *_, head, _ = x.stride()
+        arguments.update({f'{name}_ptr': x, f'{name}_b': b, f'{name}_m': m, f'{name}_h': head})
+    arguments.update(constants(d, window_size, M, bias is not None, query.dtype))
+    # offsets within a tile are 32 bit
+    rows = max(side + 2 * key_margin(window_size), 64)
+    if rows * max(arguments['q_y'], arguments['k_y'], arguments['v_y'], W * h * d) >= 2 ** 31:
+        raise ValueError(
+            f'{rows} rows of a grid must span less than 2^31 elements, got shape {list(query.shape)} and strides '
+            f'{query.stride()} of the query, {key.stride()} of the key and {value.stride()} of the value.')
+    return arguments
+
+
+def _token_arguments(name: str, x: Tensor) -> Arguments:
+    """Pointer and strides of a (B, H, W, h, d) tensor."""
+    return {f'{name}_ptr': x, **{f'{name}_{axis}': stride for axis, stride in zip('byxh', x.stride())}}
+
+
+def _query_table(bias: Optional[Tensor], window_size: int, unused: Tensor) -> Arguments:
+    """The bias for kernels whose rows are queries: those of a tile, columns are the keys in and around it."""
+    if bias is None:
+        return dict(bias_ptr=unused, bias_h=0, bias_q=0)
+    side, margin = tile_side(window_size), key_margin(window_size)
+    if side > window_size:
+        bias = _tile_bias(bias, window_size, (0, side), (-margin, side + margin))
+    table = _aligned(bias)
+    return dict(bias_ptr=table, bias_h=table.stride(0), bias_q=table.stride(1))
+
+
+def _key_table(bias: Optional[Tensor], window_size: int, unused: Tensor) -> Arguments:
+    """The bias for the kernel whose rows are keys; see there."""
+    if bias is None:
+        return dict(bias_ptr=unused, bias_h=0, bias_k=0)
+    side, margin = tile_side(window_size), key_margin(window_size)
+    if side > window_size:
+        before = 2 if window_size == 1 else 1
+        bias = _tile_bias(bias, window_size, (-before * window_size, side), (-margin, side - margin))
+    table = _aligned(bias.transpose(1, 2))
+    return dict(bias_ptr=table, bias_h=table.stride(0), bias_k=table.stride(1))
+
+
+def _tile_bias(bias: Tensor, window_size: int, queries: Tuple[int, int], keys: Tuple[int, int]) -> Tensor:
+    """The bias of all pairs of a square of queries and one of keys, -inf where the key is not in the query's window.
+
+    Args:
+        bias: (h, Q, K).
+        window_size: w.
+        queries: First and last (exclusive) row, and column, of the queries, counted from a window's corner.
+        keys: The same of the keys.
+
+    Returns:
+        (h, n * n, m * m) for n x n queries and m x m keys.
+    """
+    number, position, inside = _tile_pairs(window_size, queries, keys, bias.device)
+    return bias[:, number, position].masked_fill(~inside, float('-inf'))
+
+
+@functools.lru_cache(maxsize=64)
+def _tile_pairs(
+        window_size: int,
+        queries: Tuple[int, int],
+        keys: Tuple[int, int],
+        device: torch.device,
+) -> Tuple[Tensor, Tensor, Tensor]:
+    """Of all pairs of `_tile_bias`: the query's number in its window, the key's in its square, is it in there."""
+    w, margin = window_size, key_margin(window_size)
+    span = w + 2 * margin
+    query, key = torch.arange(*queries, device=device), torch.arange(*keys, device=device)
+    position = key - query.div(w, rounding_mode='floor')[:, None] * w + margin  # (n, m), along one axis
+    inside = (position >= 0) & (position < span)
+    position = position.clamp(0, span - 1)
+    pairs = query.numel() ** 2, key.numel() ** 2
+    number = (query[:, None] % w * w + query % w).reshape(-1, 1)  # (n * n, 1)
+    position = (position[:, None, :, None] * span + position[None, :, None, :]).reshape(pairs)
+    return number, position, (inside[:, None, :, None] & inside[None, :, None, :]).reshape(pairs)
+
+
+def _aligned(table: Tensor) -> Tensor:
+    """The table with its rows padded to a multiple of 16, contiguous."""
+    missing = -table.shape[-1] % _TABLE_ROW
+    return F.pad(table, (0, missing)) if missing else table.contiguous()
+
+
+def _readable(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Kernels read any strides but that of the last dimension, so nothing that the layers pass is copied."""
+    x = x.to(dtype)
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _launch(name: str, programs: int, arguments: Arguments, **blocked: int) -> None:
+    """Runs a kernel.
+
+    Args:
+        name: Which one.
+        programs: How many programs for each block of `blocked`.
+        arguments: By parameter; those that the kernel lacks are ignored.
+        blocked: By block size parameter, what it divides among programs.
+    """
+    query = arguments['q_ptr']
+    function = kernel(name)
+    taken = {parameter: arguments[parameter] for parameter in function.arg_names if parameter in arguments}
+    blocks = _blocks(name, query)
+
+    def grid(meta: Arguments) -> Tuple[int]:
+        return (programs * math.prod(_ceil_div(size, meta[block]) for block, size in blocked.items()),)
+
+    with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
+        if len(blocks) > 1:
+            _autotuned(name, blocks)[grid](**taken, enable_fp_fusion=True)
+        else:
+            function[grid](**taken, **compile_options(name, blocks[0]), enable_fp_fusion=True)
+
+
+def compile_options(name: str, blocks: Blocks) -> Arguments:
+    """A block shape as arguments of a kernel's launch."""
+    options: Arguments = dict(BLOCK_Q=blocks.queries, BLOCK_K=blocks.keys)
+    options = {parameter: size for parameter, size in options.items() if parameter in kernel(name).arg_names}
+    return dict(options, num_warps=blocks.num_warps, num_stages=blocks.num_stages, maxnreg=blocks.registers)
+
+
+def _blocks(name: str, query: Tensor) -> Tuple[Blocks, ...]:
+    """Block shapes to time, or the one to use."""
+    if _interpreting():
+        return (_INTERPRETER_BLOCKS,)
+    capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else (9, 0)
+    blocks = block_shapes(name, query.shape[-1], query.dtype, capability)
+    tune = query.is_cuda and os.environ.get(AUTOTUNE_ENV, '1') != '0'
+    return tuple(blocks) if tune else tuple(blocks[:1])
+
+
+@functools.cache
+def _autotuned(name: str, blocks: Tuple[Blocks, ...]) -> Any:
+    """The kernel with block shapes timed once for each kind of problem and data type, whatever the grid's size."""
+    triton = importlib.import_module('triton')
+    configs = []
+    for shape in blocks:
+        options = compile_options(name, shape)
+        compiled = {option: options.pop(option) for option in ('num_warps', 'num_stages', 'maxnreg')}
+        configs.append(triton.Config(options, **compiled))
+    kinds = ('HEAD_DIM', 'WINDOW', 'M', 'HAS_BIAS', 'PRECISION')
+    return triton.autotune(configs, key=[x for x in kinds if x in kernel(name).arg_names])(kernel(name))
+
+
+def kernel(name: str) -> Any:
+    """The kernel function of that name in `triton_kernels`."""
+    return getattr(importlib.import_module('.triton_kernels', __package__), f'{name}_kernel')
+
+
+def _interpreting() -> bool:
+    """Does Triton run in its interpreter? Decided by the environment at Triton's import."""
+    return bool(importlib.import_module('triton').knobs.runtime.interpret)
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return (a + b - 1) // b
+
+
+def _power_of_two(n: int) -> int:
+    """The next one."""
+    return 1 << max(n - 1, 0).bit_length()

@@ -1,0 +1,516 @@
+"""Fused Triton kernels of long-short attention, forward and backward, for windows of at least one token.
+
+Shapes: B batch, H x W grid of local tokens, h heads, d head width, D the next power of two, M additional keys,
+w window size, p key margin, Q = w * w queries and K = (w + 2p)^2 keys of a window, lse and delta (B, h, H, W) float32.
+
+Everything is read from and written to the raster; no tile of keys is ever in memory. The unit of work is a tile of
+`TILE_ROWS` x `TILE_COLS` tokens, one window or several whole ones. A kernel owns a block of a tile's tokens and walks
+over the tokens that these interact with. They are numbered row by row and taken in blocks; rows and columns come from
+divisions by constants. With one window per tile (`SINGLE`) any query and key that meet are in the same window. With
+several, pairs have to be masked.
+
+Forward, query gradient and bias gradient walk over the keys of a tile of queries: the tile grown by p on each side.
+The key gradient walks over the queries of a tile of keys. Its tiles begin p tokens before the grid's corner. Then
+their keys are in the squares of the tile's own windows and of the windows one before, but of no window after, and
+there are no more pairs to visit than in the forward pass.
+
+Logits of pairs that do not exist are -inf. Weights are recomputed as exp(logit - lse) in the backward pass. Where a
+tile begins is a 64-bit offset, offsets within tiles are 32 bit.
+"""
+import triton
+import triton.language as tl
+
+# numpy has no bfloat16, so dots of the interpreter run in float32, on operands that were rounded to bfloat16
+_INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
+_LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a @ b in float32."""
+    if _INTERPRET:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _locate(program, tiles, B, h, HEAD_MAJOR: tl.constexpr):
+    """Batch, head and tile of a program.
+
+    Programs that run at the same time should be neighbours on the grid, which share keys, and of the same head if they
+    share its bias. Without a bias they better read all heads of a token.
+    """
+    if HEAD_MAJOR:
+        return program // tiles % B, program // (tiles * B), program % tiles
+    else:
+        return program // (tiles * h), program % h, program // h % tiles
+
+
+@triton.jit
+def _corner(batch, head, row, col, stride_b, stride_y, stride_x, stride_h):
+    """64-bit offset of a token's head."""
+    return (
+        batch.to(tl.int64) * stride_b + row.to(tl.int64) * stride_y + col.to(tl.int64) * stride_x
+        + head.to(tl.int64) * stride_h
+    )
+
+
+@triton.jit
+def _token_corner(batch, head, row, col, h, H, W):
+    """64-bit number of a token's head in a (B, H, W, h) tensor."""
+    return ((batch.to(tl.int64) * H + row) * W + col) * h + head
+
+
+@triton.jit
+def _map_corner(batch, head, row, col, h, H, W):
+    """64-bit number of a token in a (B, h, H, W) tensor."""
+    return ((batch.to(tl.int64) * h + head) * H + row) * W + col
+
+
+@triton.jit
+def _load_rows(ptr, offset, valid, HEAD_DIM: tl.constexpr, D: tl.constexpr):
+    """The d entries at each of n offsets, zeros where not valid. (n, D)"""
+    dim = tl.arange(0, D)
+    mask = valid[:, None]
+    if HEAD_DIM != D:
+        mask = mask & (dim < HEAD_DIM)[None, :]
+    return tl.load(ptr + offset[:, None] + dim[None, :], mask=mask, other=0.)
+
+
+@triton.jit
+def _store_rows(ptr, offset, x, valid, HEAD_DIM: tl.constexpr, D: tl.constexpr):
+    dim = tl.arange(0, D)
+    mask = valid[:, None]
+    if HEAD_DIM != D:
+        mask = mask & (dim < HEAD_DIM)[None, :]
+    tl.store(ptr + offset[:, None] + dim[None, :], x.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _divide(index, DIVISOR: tl.constexpr):
+    """index // DIVISOR in two instructions, exact for 0 <= index < 2^20 / DIVISOR. Each thread divides many times."""
+    return index * ((1 << 20) // DIVISOR + 1) >> 20
+
+
+@triton.jit
+def _on_grid(row, col, H, W):
+    # as unsigned numbers negative ones are too large
+    return (row.to(tl.uint32) < H) & (col.to(tl.uint32) < W)
+
+
+@triton.jit
+def _in_square(q_row, q_col, k_row, k_col, WINDOW: tl.constexpr, MARGIN: tl.constexpr):
+    """Is the key in the square of the query's window? Coordinates broadcast, and are counted from the corner of some
+    window that no query lies before."""
+    SIDE: tl.constexpr = WINDOW + 2 * MARGIN
+    row = k_row - _divide(q_row, WINDOW) * WINDOW + MARGIN
+    col = k_col - _divide(q_col, WINDOW) * WINDOW + MARGIN
+    return _on_grid(row, col, SIDE, SIDE)
+
+
+@triton.jit
+def _load_bias(bias_ptr, stride, row, col, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """A block of a bias table whose rows are padded to a multiple of 16, (rows, columns) float32.
+
+    Vectors of the load must not be split by the mask, so it is that of the padded table.
+    """
+    mask = (row < ROWS)[:, None] & (col < (COLS + 15) // 16 * 16)[None, :]
+    return tl.load(bias_ptr + row[:, None] * stride + col[None, :], mask=mask, other=0.).to(tl.float32)
+
+
+@triton.jit
+def _query_block(block, TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, BLOCK_Q: tl.constexpr):
+    """Numbers of the queries in a block of a tile, their rows and columns, and which of them there are. (BLOCK_Q,)"""
+    index = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    row = _divide(index, TILE_COLS)
+    return index, row, index - row * TILE_COLS, index < TILE_ROWS * TILE_COLS
+
+
+@triton.jit
+def _load_window_keys(
+        k_ptr, v_ptr, k_index, row0, col0, k_y, k_x, v_y, v_x, H, W,
+        HEAD_DIM: tl.constexpr, D: tl.constexpr, MARGIN: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):
+    """Keys by their number in the ROWS x COLS tokens in and around a tile -> k, v (BLOCK_K, D), rows and columns
+    counted from the tile's corner, which the pointers are at, and which of them are on the grid (BLOCK_K,)."""
+    row = _divide(k_index, COLS)
+    row, col = row - MARGIN, k_index - row * COLS - MARGIN
+    # surplus keys of the last block lie in the row below the tile's last
+    inside = _on_grid(row0 + row, col0 + col, tl.minimum(row0 + (ROWS - MARGIN), H), W)
+    k = _load_rows(k_ptr, row * k_y + col * k_x, inside, HEAD_DIM, D)
+    v = _load_rows(v_ptr, row * v_y + col * v_x, inside, HEAD_DIM, D)
+    return k, v, row, col, inside
+
+
+@triton.jit
+def _load_additional(ak_ptr, av_ptr, m_index, ak_m, av_m, M: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr):
+    """Additional keys and values by their numbers. (n, D)"""
+    k = _load_rows(ak_ptr, m_index * ak_m, m_index < M, HEAD_DIM, D)
+    return k, _load_rows(av_ptr, m_index * av_m, m_index < M, HEAD_DIM, D)
+
+
+@triton.jit
+def _dot_logits(rows, cols, scale, PRECISION: tl.constexpr):
+    """Logits but for bias and masks. (n, m)"""
+    return _dot(rows, tl.trans(cols), tl.zeros((rows.shape[0], cols.shape[0]), tl.float32), PRECISION) * scale
+
+
+@triton.jit
+def _window_logits(
+        q, k, bias_ptr, bias_q, q_index, q_row, q_col, k_index, k_row, k_col, k_inside, scale,
+        WINDOW: tl.constexpr, MARGIN: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+        HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+):
+    """Logits of a tile's queries and keys, of which there are QUERIES and KEYS in all. (BLOCK_Q, BLOCK_K)"""
+    logits = _dot_logits(q, k, scale, PRECISION)
+    if HAS_BIAS:  # after the product, to take no registers from it
+        logits += _load_bias(bias_ptr, bias_q, q_index, k_index, QUERIES, KEYS)
+    elif QUERIES != WINDOW * WINDOW:
+        in_square = _in_square(q_row[:, None], q_col[:, None], k_row[None, :], k_col[None, :], WINDOW, MARGIN)
+        logits = tl.where(in_square, logits, float('-inf'))
+    return tl.where(k_inside[None, :], logits, float('-inf'))
+
+
+@triton.jit
+def _accumulate(logits, v, peak, total, acc, PRECISION: tl.constexpr):
+    """One step of the online softmax: running maximum, sum of weights and weighted sum of values."""
+    new_peak = tl.maximum(peak, tl.max(logits, 1))
+    # a row that has met no key yet must not become nan
+    shift = tl.where(new_peak == float('-inf'), 0., new_peak) * _LOG2E
+    weights = tl.exp2(tl.fma(logits, _LOG2E, -shift[:, None]))
+    decay = tl.exp2(peak * _LOG2E - shift)
+    total = total * decay + tl.sum(weights, 1)
+    acc = _dot(weights.to(v.dtype), v, acc * decay[:, None], PRECISION)
+    return new_peak, total, acc
+
+
+@triton.jit
+def forward_kernel(
+        q_ptr, k_ptr, v_ptr, ak_ptr, av_ptr, bias_ptr, out_ptr, lse_ptr,
+        q_b, q_y, q_x, q_h, k_b, k_y, k_x, k_h, v_b, v_y, v_x, v_h,
+        ak_b, ak_m, ak_h, av_b, av_m, av_h, bias_h, bias_q,
+        B, h, H, W, tiles_y, tiles_x, scale,
+        HEAD_DIM: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr, MARGIN: tl.constexpr,
+        TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, M: tl.constexpr, HAS_BIAS: tl.constexpr,
+        PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
+):
+    """A block of a tile's queries against the additional keys and the tile's keys -> out, lse.
+
+    Rows of the bias table are the queries of a tile, columns its keys, -inf where these are not in the same window.
+    """
+    ROWS: tl.constexpr = TILE_ROWS + 2 * MARGIN
+    COLS: tl.constexpr = TILE_COLS + 2 * MARGIN
+    Q_BLOCKS: tl.constexpr = (TILE_ROWS * TILE_COLS + BLOCK_Q - 1) // BLOCK_Q
+    program = tl.program_id(0)
+    batch, head, tile = _locate(program // Q_BLOCKS, tiles_y * tiles_x, B, h, HAS_BIAS)
+    row0, col0 = tile // tiles_x * TILE_ROWS, tile % tiles_x * TILE_COLS
+    q_index, q_row, q_col, q_valid = _query_block(program % Q_BLOCKS, TILE_ROWS, TILE_COLS, BLOCK_Q)
+    q_valid = q_valid & _on_grid(row0 + q_row, col0 + q_col, H, W)
+    q_ptr += _corner(batch, head, row0, col0, q_b, q_y, q_x, q_h)
+    q = _load_rows(q_ptr, q_row * q_y + q_col * q_x, q_valid, HEAD_DIM, D)  # (BLOCK_Q, D)
+
+    peak = tl.full((BLOCK_Q,), float('-inf'), tl.float32)
+    total = tl.zeros((BLOCK_Q,), tl.float32)
+    acc = tl.zeros((BLOCK_Q, D), tl.float32)
+    if M > 0:
+        ak_ptr += batch.to(tl.int64) * ak_b + head.to(tl.int64) * ak_h
+        av_ptr += batch.to(tl.int64) * av_b + head.to(tl.int64) * av_h
+        for start in range(0, M, BLOCK_M):
+            m_index = start + tl.arange(0, BLOCK_M)
+            k, v = _load_additional(ak_ptr, av_ptr, m_index, ak_m, av_m, M, HEAD_DIM, D)
+            logits = tl.where((m_index < M)[None, :], _dot_logits(q, k, scale, PRECISION), float('-inf'))
+            peak, total, acc = _accumulate(logits, v, peak, total, acc, PRECISION)
+
+    k_ptr += _corner(batch, head, row0, col0, k_b, k_y, k_x, k_h)
+    v_ptr += _corner(batch, head, row0, col0, v_b, v_y, v_x, v_h)
+    bias_ptr += head * bias_h
+    # of the rows outside the grid whole blocks are skipped, not parts, which keeps the bias table's vectors aligned
+    first = tl.maximum(MARGIN - row0, 0) * COLS // BLOCK_K * BLOCK_K
+    last = tl.minimum(ROWS, H - row0 + MARGIN) * COLS
+    for start in range(first, last, BLOCK_K):
+        k_index = tl.multiple_of(start, BLOCK_K) + tl.arange(0, BLOCK_K)
+        k, v, k_row, k_col, k_inside = _load_window_keys(
+            k_ptr, v_ptr, k_index, row0, col0, k_y, k_x, v_y, v_x, H, W, HEAD_DIM, D, MARGIN, ROWS, COLS)
+        logits = _window_logits(
+            q, k, bias_ptr, bias_q, q_index, q_row, q_col, k_index, k_row, k_col, k_inside, scale,
+            WINDOW, MARGIN, TILE_ROWS * TILE_COLS, ROWS * COLS, HAS_BIAS, PRECISION)
+        peak, total, acc = _accumulate(logits, v, peak, total, acc, PRECISION)
+
+    out_ptr += _token_corner(batch, head, row0, col0, h, H, W) * HEAD_DIM
+    _store_rows(out_ptr, (q_row * W + q_col) * (h * HEAD_DIM), acc / total[:, None], q_valid, HEAD_DIM, D)
+    lse_ptr += _map_corner(batch, head, row0, col0, h, H, W)
+    tl.store(lse_ptr + q_row * W + q_col, peak + tl.log(total), mask=q_valid)
+
+
+@triton.jit
+def _accumulate_query_gradient(logits, k, v, dout, lse, delta, scale, dq, PRECISION: tl.constexpr):
+    weights = tl.exp2(tl.fma(logits, _LOG2E, -(lse * _LOG2E)[:, None]))
+    dweights = _dot(dout, tl.trans(v), tl.zeros(logits.shape, tl.float32), PRECISION)
+    # scaled before it is rounded: without the scale it would leave the range of float16 sooner
+    dlogits = weights * (dweights - delta[:, None]) * scale
+    return _dot(dlogits.to(k.dtype), k, dq, PRECISION)
+
+
+@triton.jit
+def query_gradient_kernel(
+        q_ptr, k_ptr, v_ptr, ak_ptr, av_ptr, bias_ptr, out_ptr, lse_ptr, dout_ptr, delta_ptr, dq_ptr,
+        q_b, q_y, q_x, q_h, k_b, k_y, k_x, k_h, v_b, v_y, v_x, v_h,
+        ak_b, ak_m, ak_h, av_b, av_m, av_h, bias_h, bias_q, dout_b, dout_y, dout_x, dout_h,
+        B, h, H, W, tiles_y, tiles_x, scale,
+        HEAD_DIM: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr, MARGIN: tl.constexpr,
+        TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, M: tl.constexpr, HAS_BIAS: tl.constexpr,
+        PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
+):
+    """The forward kernel's walk -> dq, and delta = sum(out * dout), which the other backward kernels need."""
+    ROWS: tl.constexpr = TILE_ROWS + 2 * MARGIN
+    COLS: tl.constexpr = TILE_COLS + 2 * MARGIN
+    Q_BLOCKS: tl.constexpr = (TILE_ROWS * TILE_COLS + BLOCK_Q - 1) // BLOCK_Q
+    program = tl.program_id(0)
+    batch, head, tile = _locate(program // Q_BLOCKS, tiles_y * tiles_x, B, h, HAS_BIAS)
+    row0, col0 = tile // tiles_x * TILE_ROWS, tile % tiles_x * TILE_COLS
+    q_index, q_row, q_col, q_valid = _query_block(program % Q_BLOCKS, TILE_ROWS, TILE_COLS, BLOCK_Q)
+    q_valid = q_valid & _on_grid(row0 + q_row, col0 + q_col, H, W)
+    q_ptr += _corner(batch, head, row0, col0, q_b, q_y, q_x, q_h)
+    q = _load_rows(q_ptr, q_row * q_y + q_col * q_x, q_valid, HEAD_DIM, D)  # (BLOCK_Q, D)
+    dout_ptr += _corner(batch, head, row0, col0, dout_b, dout_y, dout_x, dout_h)
+    dout = _load_rows(dout_ptr, q_row * dout_y + q_col * dout_x, q_valid, HEAD_DIM, D)
+    corner = _token_corner(batch, head, row0, col0, h, H, W) * HEAD_DIM
+    offset = (q_row * W + q_col) * (h * HEAD_DIM)
+    out = _load_rows(out_ptr + corner, offset, q_valid, HEAD_DIM, D)
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+    map_offset = _map_corner(batch, head, row0, col0, h, H, W) + q_row * W + q_col
+    tl.store(delta_ptr + map_offset, delta, mask=q_valid)
+    lse = tl.load(lse_ptr + map_offset, mask=q_valid, other=0.)
+
+    dq = tl.zeros((BLOCK_Q, D), tl.float32)
+    if M > 0:
+        ak_ptr += batch.to(tl.int64) * ak_b + head.to(tl.int64) * ak_h
+        av_ptr += batch.to(tl.int64) * av_b + head.to(tl.int64) * av_h
+        for start in range(0, M, BLOCK_M):
+            m_index = start + tl.arange(0, BLOCK_M)
+            k, v = _load_additional(ak_ptr, av_ptr, m_index, ak_m, av_m, M, HEAD_DIM, D)
+            logits = tl.where((m_index < M)[None, :], _dot_logits(q, k, scale, PRECISION), float('-inf'))
+            dq = _accumulate_query_gradient(logits, k, v, dout, lse, delta, scale, dq, PRECISION)
+
+    k_ptr += _corner(batch, head, row0, col0, k_b, k_y, k_x, k_h)
+    v_ptr += _corner(batch, head, row0, col0, v_b, v_y, v_x, v_h)
+    bias_ptr += head * bias_h
+    first = tl.maximum(MARGIN - row0, 0) * COLS // BLOCK_K * BLOCK_K
+    last = tl.minimum(ROWS, H - row0 + MARGIN) * COLS
+    for start in range(first, last, BLOCK_K):
+        k_index = tl.multiple_of(start, BLOCK_K) + tl.arange(0, BLOCK_K)
+        k, v, k_row, k_col, k_inside = _load_window_keys(
+            k_ptr, v_ptr, k_index, row0, col0, k_y, k_x, v_y, v_x, H, W, HEAD_DIM, D, MARGIN, ROWS, COLS)
+        logits = _window_logits(
+            q, k, bias_ptr, bias_q, q_index, q_row, q_col, k_index, k_row, k_col, k_inside, scale,
+            WINDOW, MARGIN, TILE_ROWS * TILE_COLS, ROWS * COLS, HAS_BIAS, PRECISION)
+        dq = _accumulate_query_gradient(logits, k, v, dout, lse, delta, scale, dq, PRECISION)
+    _store_rows(dq_ptr + corner, offset, dq, q_valid, HEAD_DIM, D)
+
+
+@triton.jit
+def _load_queries(
+        q_ptr, dout_ptr, lse_ptr, delta_ptr, batch, head, row0, col0, q_row, q_col, q_valid,
+        q_b, q_y, q_x, q_h, dout_b, dout_y, dout_x, dout_h, h, H, W,
+        HEAD_DIM: tl.constexpr, D: tl.constexpr,
+):
+    """What backward kernels read of n queries: q and dout (n, D), lse and delta (n,). Zeros where not valid."""
+    q_ptr += _corner(batch, head, row0, col0, q_b, q_y, q_x, q_h)
+    q = _load_rows(q_ptr, q_row * q_y + q_col * q_x, q_valid, HEAD_DIM, D)
+    dout_ptr += _corner(batch, head, row0, col0, dout_b, dout_y, dout_x, dout_h)
+    dout = _load_rows(dout_ptr, q_row * dout_y + q_col * dout_x, q_valid, HEAD_DIM, D)
+    offset = _map_corner(batch, head, row0, col0, h, H, W) + q_row * W + q_col
+    lse = tl.load(lse_ptr + offset, mask=q_valid, other=0.)
+    delta = tl.load(delta_ptr + offset, mask=q_valid, other=0.)
+    return q, dout, lse, delta
+
+
+@triton.jit
+def _accumulate_key_gradient(logits, q, v, dout, lse, delta, scale, dk, dv, PRECISION: tl.constexpr):
+    """Keys are rows here, queries columns."""
+    # no weight is more than 1 but those of queries outside the grid, which a large bias must not make infinite: their
+    # other factors are zeros. To mask them would take registers for every column.
+    weights = tl.exp2(tl.minimum(tl.fma(logits, _LOG2E, -(lse * _LOG2E)[None, :]), 0.))
+    dv = _dot(weights.to(dout.dtype), dout, dv, PRECISION)
+    dweights = _dot(v, tl.trans(dout), tl.zeros(logits.shape, tl.float32), PRECISION)
+    dlogits = weights * (dweights - delta[None, :]) * scale
+    return _dot(dlogits.to(q.dtype), q, dk, PRECISION), dv
+
+
+@triton.jit
+def key_gradient_kernel(
+        q_ptr, k_ptr, v_ptr, bias_ptr, lse_ptr, dout_ptr, delta_ptr, dk_ptr, dv_ptr,
+        q_b, q_y, q_x, q_h, k_b, k_y, k_x, k_h, v_b, v_y, v_x, v_h,
+        bias_h, bias_k, dout_b, dout_y, dout_x, dout_h,
+        B, h, H, W, tiles_y, tiles_x, scale,
+        HEAD_DIM: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr, MARGIN: tl.constexpr,
+        TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, HAS_BIAS: tl.constexpr,
+        PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    """A block of a tile's keys against all queries whose squares they are in -> dk, dv.
+
+    Rows of the bias table are keys here: those of a window's square, (h, K, Q), if there is one window per tile, else
+    those of a tile, and its columns the queries around the tile.
+    """
+    TILE: tl.constexpr = TILE_ROWS * TILE_COLS
+    SINGLE: tl.constexpr = TILE == WINDOW * WINDOW
+    SIDE: tl.constexpr = WINDOW + 2 * MARGIN
+    K_BLOCKS: tl.constexpr = (TILE + BLOCK_K - 1) // BLOCK_K
+    # windows before the tile's own whose squares reach into it
+    BEFORE: tl.constexpr = 2 if WINDOW == 1 else 1
+    program = tl.program_id(0)
+    batch, head, tile = _locate(program // K_BLOCKS, tiles_y * tiles_x, B, h, HAS_BIAS)
+    tile_y, tile_x = tile // tiles_x, tile % tiles_x
+    row0, col0 = tile_y * TILE_ROWS - MARGIN, tile_x * TILE_COLS - MARGIN
+
+    k_index = program % K_BLOCKS * BLOCK_K + tl.arange(0, BLOCK_K)
+    k_row, k_col = k_index // TILE_COLS, k_index % TILE_COLS
+    k_valid = (k_index < TILE) & _on_grid(row0 + k_row, col0 + k_col, H, W)
+    k_ptr += _corner(batch, head, row0, col0, k_b, k_y, k_x, k_h)
+    v_ptr += _corner(batch, head, row0, col0, v_b, v_y, v_x, v_h)
+    k = _load_rows(k_ptr, k_row * k_y + k_col * k_x, k_valid, HEAD_DIM, D)  # (BLOCK_K, D)
+    v = _load_rows(v_ptr, k_row * v_y + k_col * v_x, k_valid, HEAD_DIM, D)
+
+    bias_ptr += head * bias_h
+    dk = tl.zeros((BLOCK_K, D), tl.float32)
+    dv = tl.zeros((BLOCK_K, D), tl.float32)
+    if SINGLE:
+        # window by window: the positions of the keys in the square do not depend on the query then
+        Q_BLOCKS: tl.constexpr = (TILE + BLOCK_Q - 1) // BLOCK_Q
+        first_y, first_x = tl.maximum(tile_y - BEFORE, 0), tl.maximum(tile_x - BEFORE, 0)
+        windows_y = tl.minimum(tile_y, (H - 1) // WINDOW) - first_y + 1
+        windows_x = tl.minimum(tile_x, (W - 1) // WINDOW) - first_x + 1
+        for step in range(0, windows_y * windows_x * Q_BLOCKS):
+            # there are one or two windows in a row
+            window = step // Q_BLOCKS
+            window_row = (first_y + (window >> (windows_x - 1))) * WINDOW
+            window_col = (first_x + (window & (windows_x - 1))) * WINDOW
+            q_index, q_row, q_col, q_valid = _query_block(step % Q_BLOCKS, WINDOW, WINDOW, BLOCK_Q)
+            q_valid = q_valid & _on_grid(window_row + q_row, window_col + q_col, H, W)
+            q, dout, lse, delta = _load_queries(
+                q_ptr, dout_ptr, lse_ptr, delta_ptr, batch, head, window_row, window_col, q_row, q_col, q_valid,
+                q_b, q_y, q_x, q_h, dout_b, dout_y, dout_x, dout_h, h, H, W, HEAD_DIM, D)
+            logits = _dot_logits(k, q, scale, PRECISION)
+            square_row, square_col = row0 - window_row + k_row + MARGIN, col0 - window_col + k_col + MARGIN
+            in_square = (square_row < SIDE) & (square_col < SIDE) & (k_index < TILE)
+            if HAS_BIAS:
+                position = tl.where(in_square, square_row * SIDE + square_col, SIDE * SIDE)
+                logits += _load_bias(bias_ptr, bias_k, position, q_index, SIDE * SIDE, TILE)
+            logits = tl.where(in_square[:, None], logits, float('-inf'))
+            dk, dv = _accumulate_key_gradient(logits, q, v, dout, lse, delta, scale, dk, dv, PRECISION)
+    else:
+        # all queries around the tile row by row, from the first window before it; pairs are masked
+        COLS: tl.constexpr = TILE_COLS + BEFORE * WINDOW
+        ROWS: tl.constexpr = TILE_ROWS + BEFORE * WINDOW
+        q_row0, q_col0 = tile_y * TILE_ROWS - BEFORE * WINDOW, tile_x * TILE_COLS - BEFORE * WINDOW
+        first = tl.maximum(-q_row0, 0) * COLS // BLOCK_Q * BLOCK_Q
+        last = tl.minimum(ROWS, H - q_row0) * COLS
+        for start in range(first, last, BLOCK_Q):
+            q_index = start + tl.arange(0, BLOCK_Q)
+            q_row = _divide(q_index, COLS)
+            q_col = q_index - q_row * COLS
+            q_valid = (q_index < ROWS * COLS) & _on_grid(q_row0 + q_row, q_col0 + q_col, H, W)
+            q, dout, lse, delta = _load_queries(
+                q_ptr, dout_ptr, lse_ptr, delta_ptr, batch, head, q_row0, q_col0, q_row, q_col, q_valid,
+                q_b, q_y, q_x, q_h, dout_b, dout_y, dout_x, dout_h, h, H, W, HEAD_DIM, D)
+            logits = _dot_logits(k, q, scale, PRECISION)
+            if HAS_BIAS:
+                logits += _load_bias(bias_ptr, bias_k, k_index, q_index, TILE, ROWS * COLS)
+            else:
+                in_square = _in_square(
+                    q_row[None, :], q_col[None, :], (k_row + (row0 - q_row0))[:, None],
+                    (k_col + (col0 - q_col0))[:, None], WINDOW, MARGIN)
+                logits = tl.where(in_square, logits, float('-inf'))
+            dk, dv = _accumulate_key_gradient(logits, q, v, dout, lse, delta, scale, dk, dv, PRECISION)
+
+    token = _token_corner(batch, head, row0, col0, h, H, W) * HEAD_DIM
+    token_offset = (k_row * W + k_col) * (h * HEAD_DIM)
+    _store_rows(dk_ptr + token, token_offset, dk, k_valid, HEAD_DIM, D)
+    _store_rows(dv_ptr + token, token_offset, dv, k_valid, HEAD_DIM, D)
+
+
+@triton.jit
+def additional_gradient_kernel(
+        q_ptr, ak_ptr, av_ptr, lse_ptr, dout_ptr, delta_ptr, dak_ptr, dav_ptr,
+        q_b, q_y, q_x, q_h, ak_b, ak_m, ak_h, av_b, av_m, av_h, dout_b, dout_y, dout_x, dout_h,
+        B, h, H, W, splits, chunk, scale,
+        HEAD_DIM: tl.constexpr, D: tl.constexpr, M: tl.constexpr,
+        PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, ROWS_M: tl.constexpr,
+):
+    """A block of additional keys against `chunk` queries of an image -> their part of dk, dv, (splits, B, M, h, d)."""
+    M_BLOCKS: tl.constexpr = (M + ROWS_M - 1) // ROWS_M
+    program = tl.program_id(0)
+    batch, head, split = _locate(program // M_BLOCKS, splits, B, h, False)
+    m_index = program % M_BLOCKS * ROWS_M + tl.arange(0, ROWS_M)
+    ak_ptr += batch.to(tl.int64) * ak_b + head.to(tl.int64) * ak_h
+    av_ptr += batch.to(tl.int64) * av_b + head.to(tl.int64) * av_h
+    k, v = _load_additional(ak_ptr, av_ptr, m_index, ak_m, av_m, M, HEAD_DIM, D)  # (ROWS_M, D)
+
+    dk = tl.zeros((ROWS_M, D), tl.float32)
+    dv = tl.zeros((ROWS_M, D), tl.float32)
+    end = tl.minimum((split + 1) * chunk, H * W)
+    for start in range(split * chunk, end, BLOCK_Q):
+        token = start + tl.arange(0, BLOCK_Q)
+        # counted from the block's first token, which keeps offsets small
+        row0, col0 = start // W, start % W
+        q_row, q_col = token // W - row0, token % W - col0
+        q, dout, lse, delta = _load_queries(
+            q_ptr, dout_ptr, lse_ptr, delta_ptr, batch, head, row0, col0, q_row, q_col, token < end,
+            q_b, q_y, q_x, q_h, dout_b, dout_y, dout_x, dout_h, h, H, W, HEAD_DIM, D)
+        logits = _dot_logits(k, q, scale, PRECISION)
+        dk, dv = _accumulate_key_gradient(logits, q, v, dout, lse, delta, scale, dk, dv, PRECISION)
+
+    row = (split.to(tl.int64) * B + batch) * M * h + head
+    _store_rows(dak_ptr + row * HEAD_DIM, m_index * h * HEAD_DIM, dk, m_index < M, HEAD_DIM, D)
+    _store_rows(dav_ptr + row * HEAD_DIM, m_index * h * HEAD_DIM, dv, m_index < M, HEAD_DIM, D)
+
+
+@triton.jit
+def bias_gradient_kernel(
+        q_ptr, k_ptr, v_ptr, bias_ptr, lse_ptr, dout_ptr, delta_ptr, dbias_ptr,
+        q_b, q_y, q_x, q_h, k_b, k_y, k_x, k_h, v_b, v_y, v_x, v_h,
+        bias_h, bias_q, dout_b, dout_y, dout_x, dout_h,
+        B, h, H, W, tiles_y, tiles_x, groups, scale,
+        HEAD_DIM: tl.constexpr, D: tl.constexpr, MARGIN: tl.constexpr,
+        TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr,
+        PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    """A block of a tile's queries against a block of its keys, summed over a group of the batch's tiles.
+
+    The sum over tiles stays in registers. -> (groups, h, queries of a tile, keys of a tile), both in whole blocks.
+    """
+    ROWS: tl.constexpr = TILE_ROWS + 2 * MARGIN
+    COLS: tl.constexpr = TILE_COLS + 2 * MARGIN
+    Q_BLOCKS: tl.constexpr = (TILE_ROWS * TILE_COLS + BLOCK_Q - 1) // BLOCK_Q
+    K_BLOCKS: tl.constexpr = (ROWS * COLS + BLOCK_K - 1) // BLOCK_K
+    program = tl.program_id(0)
+    q_block, k_block = program // K_BLOCKS % Q_BLOCKS, program % K_BLOCKS
+    program = program // (Q_BLOCKS * K_BLOCKS)
+    group, head = program % groups, program // groups
+
+    q_index, q_row, q_col, q_valid = _query_block(q_block, TILE_ROWS, TILE_COLS, BLOCK_Q)
+    k_index = k_block * BLOCK_K + tl.arange(0, BLOCK_K)
+    bias = _load_bias(bias_ptr + head * bias_h, bias_q, q_index, k_index, TILE_ROWS * TILE_COLS, ROWS * COLS)
+    dbias = tl.zeros((BLOCK_Q, BLOCK_K), tl.float32)
+    for tile in range(group, B * tiles_y * tiles_x, groups):
+        batch = tile // (tiles_y * tiles_x)
+        tile_y = (tile - batch * (tiles_y * tiles_x)) // tiles_x
+        row0, col0 = tile_y * TILE_ROWS, (tile - (batch * tiles_y + tile_y) * tiles_x) * TILE_COLS
+        q_inside = q_valid & _on_grid(row0 + q_row, col0 + q_col, H, W)
+        q, dout, lse, delta = _load_queries(
+            q_ptr, dout_ptr, lse_ptr, delta_ptr, batch, head, row0, col0, q_row, q_col, q_inside,
+            q_b, q_y, q_x, q_h, dout_b, dout_y, dout_x, dout_h, h, H, W, HEAD_DIM, D)
+        k_corner = _corner(batch, head, row0, col0, k_b, k_y, k_x, k_h)
+        v_corner = _corner(batch, head, row0, col0, v_b, v_y, v_x, v_h)
+        k, v, _, _, k_inside = _load_window_keys(
+            k_ptr + k_corner, v_ptr + v_corner, k_index, row0, col0, k_y, k_x, v_y, v_x, H, W,
+            HEAD_DIM, D, MARGIN, ROWS, COLS)
+        logits = tl.where(k_inside[None, :], _dot_logits(q, k, scale, PRECISION) + bias, float('-inf'))
+        # what the bias makes of queries outside the grid must not be infinite, as it is multiplied by zeros
+        lse = tl.where(q_inside, lse, float('inf'))
+        weights = tl.exp2(tl.fma(logits, _LOG2E, -(lse * _LOG2E)[:, None]))
+        dweights = _dot(dout, tl.trans(v), tl.zeros((BLOCK_Q, BLOCK_K), tl.float32), PRECISION)
+        dbias += weights * (dweights - delta[:, None])
+
+    row = (group.to(tl.int64) * h + head) * (Q_BLOCKS * BLOCK_Q) + q_index
+    tl.store(dbias_ptr + row[:, None] * (K_BLOCKS * BLOCK_K) + k_index[None, :], dbias)

@@ -1,0 +1,379 @@
+"""The Triton kernels against the dense reference, in Triton's interpreter or on a GPU, and compiled for GPUs.
+
+Whether kernels are interpreted is decided when Triton is imported, which other tests may have done. So this file is
+also a program: tests start it once with and once without the interpreter, and exchange lines of JSON with it.
+"""
+import contextlib
+import functools
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+from ls_vision.ops import triton_backend
+from ls_vision.ops.geometry import key_margin
+from ls_vision.ops.reference import _pairs, reference_attention
+
+pytest.importorskip('triton')
+
+# largest error of the output, and of gradients as a fraction of their largest entry
+TOLERANCE = {'float32': (1e-5, 1e-5), 'float16': (2e-3, 4e-3), 'bfloat16': (1.6e-2, 3e-2)}
+
+KERNELS = ('forward', 'query_gradient', 'key_gradient', 'additional_gradient', 'bias_gradient')
+SHARED_MEMORY = {80: 160 * 1024, 90: 227 * 1024}
+
+
+# ---- the program: commands from stdin, answers to stdout ----------------------------------------------------------
+
+
+def main():
+    commands = {'measure': measure, 'spills': spills, 'launch': launch}
+    for line in sys.stdin:
+        command = json.loads(line)
+        print(json.dumps(commands[command.pop('do')](**command)), flush=True)
+
+
+def draw(w, d, M, bias, H, W, B=2, h=2, dtype='float32', size=1.0, device='cpu'):
+    """Arguments of an attention call, as slices of projections like the layers', and its output's gradient."""
+    generator = torch.Generator().manual_seed(w * 1000 + d)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    dtype = getattr(torch, dtype)
+    q = (randn(B, 1 + H * W, h, d) * size).to(device, dtype)[:, 1:].unflatten(1, (H, W))
+    kv = (randn(B, 1 + H * W, 2, h, d) * size).to(device, dtype)[:, 1:].unflatten(1, (H, W))
+    k, v = kv.unbind(3)
+    additional = (None, None) if M is None else (randn(B, 2, M, h, d) * size).to(device, dtype).unbind(1)
+    bias = randn(h, w * w, (w + 2 * key_margin(w)) ** 2).to(device) if bias else None
+    grad = randn(B, H, W, h, d).to(device, dtype)
+    return (q, k, v, w, *additional, bias, d ** -0.5), grad
+
+
+def dense_lse(query, key, window_size, additional_keys, bias, scale):
+    B, H, W, h, d = query.shape
+    q = query.reshape(B, H * W, h, d).transpose(1, 2).float() * scale
+    in_window, pair = _pairs(H, W, window_size, query.device)
+    logits = q @ key.reshape(B, H * W, h, d).permute(0, 2, 3, 1).float()
+    if bias is not None:
+        logits = logits + bias.flatten(1)[:, pair]
+    logits = logits.masked_fill(~in_window, float('-inf'))
+    if additional_keys is not None:
+        logits = torch.cat((logits, q @ additional_keys.permute(0, 2, 3, 1).float()), -1)
+    return logits.logsumexp(-1).unflatten(-1, (H, W))
+
+
+def measure(blocks=None, grad_size=1.0, **case):
+    """Errors of out, lse and gradients as fractions of their largest entries, out's also absolute; are they finite?
+
+    With `blocks`, those are used, and sums are split among few programs, so that each has several steps.
+    """
+    with contextlib.ExitStack() as stack:
+        if blocks is not None:
+            patch = functools.partial(mock.patch.object, triton_backend)
+            stack.enter_context(patch('_blocks', lambda *_: (triton_backend.Blocks(*blocks),)))
+            stack.enter_context(patch('_REDUCTION_PROGRAMS', 2))
+        return compare(*draw(**case), grad_size)
+
+
+def compare(arguments, grad, grad_size):
+    grad = grad * grad_size
+    out, lse = triton_backend.triton_forward(*arguments)
+    grads = triton_backend.triton_backward(grad, *arguments, out, lse)
+
+    exact = [x.float().requires_grad_() if isinstance(x, torch.Tensor) else x for x in arguments]
+    q, k, v, w, ak, av, bias, scale = exact
+    expected = reference_attention(*exact)
+    tensors = (q, k, v, ak, av, bias)
+    leaves = [x for x in tensors if x is not None]
+    expected_grads = iter(torch.autograd.grad(expected, leaves, grad.float(), materialize_grads=True))
+
+    errors = {'out': (out, expected), 'lse': (lse, dense_lse(q, k, w, ak, bias, scale))}
+    for name, x, actual in zip(('dq', 'dk', 'dv', 'dak', 'dav', 'dbias'), tensors, grads):
+        assert (x is None) == (actual is None), name
+        if x is not None:
+            errors[name] = actual, next(expected_grads)
+            assert actual.shape == x.shape and actual.is_contiguous(), name
+            assert actual.dtype == (torch.float32 if name == 'dbias' else grad.dtype), name
+    result = {'finite': all(bool(x.isfinite().all()) for x, _ in errors.values())}
+    for name, (actual, exact) in errors.items():
+        if exact.numel():
+            difference = (actual.float() - exact).abs().max()
+            result[name] = float(difference / exact.abs().max().clamp(min=1e-30))
+    result['absolute'] = float((out.float() - expected).abs().max())
+    return result
+
+
+def spills(kernel, arch, dtype, head_dim, window_size, num_additional, has_bias):
+    """Compiles a kernel with each of its block shapes -> bytes spilled, registers and shared memory of each."""
+    capability, dtype = divmod(arch, 10), getattr(torch, dtype)
+    constants = triton_backend.constants(head_dim, window_size, num_additional, has_bias, dtype)
+    answers = []
+    for blocks in triton_backend.block_shapes(kernel, head_dim, dtype, capability):
+        options = triton_backend.compile_options(kernel, blocks)
+        compiled = compile_ahead(kernel, arch, dtype, {**constants, **options})
+        answers.append({'blocks': blocks, 'shared': compiled.metadata.shared, **resources(compiled.asm['ptx'], arch)})
+    return answers
+
+
+def compile_ahead(kernel, arch, dtype, options):
+    """What a launch compiles, pointers and strides divisible by 16 as they are in models."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    function = triton_backend.kernel(kernel)
+    operand = {torch.float32: '*fp32', torch.float16: '*fp16', torch.bfloat16: '*bf16'}[dtype]
+    float32 = ('bias_ptr', 'lse_ptr', 'delta_ptr', 'dbias_ptr', 'dak_ptr', 'dav_ptr')
+    signature, constants, attributes = {}, {}, {}
+    for i, name in enumerate(function.arg_names):
+        if name in options:
+            signature[name], constants[name] = 'constexpr', options[name]
+        elif name.endswith('_ptr'):
+            signature[name] = '*fp32' if name in float32 else operand
+        else:
+            signature[name] = 'fp32' if name == 'scale' else 'i32'
+        if name.endswith(('_ptr', '_b', '_y', '_x', '_h', '_m', '_q', '_k')) and not name.startswith('tiles'):
+            attributes[(i,)] = [['tt.divisibility', 16]]
+    launch_options = {name: options[name] for name in ('num_warps', 'num_stages', 'maxnreg')}
+    return triton.compile(
+        ASTSource(function, signature, constants, attributes), target=GPUTarget('cuda', arch, 32),
+        options={**launch_options, 'enable_fp_fusion': True})
+
+
+def resources(ptx, arch):
+    """Assembles with the first of Triton's assemblers that knows the PTX's version."""
+    import triton
+    folder = Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin'
+    with tempfile.TemporaryDirectory() as scratch:
+        source = Path(scratch) / 'kernel.ptx'
+        source.write_text(ptx)
+        # the second is given an option that Triton gives it
+        for assembler in (['ptxas'], ['ptxas-blackwell', '--regAllocOptLevel=2']):
+            gpu = 'sm_90a' if arch == 90 else f'sm_{arch}'
+            command = [folder / assembler[0], *assembler[1:], '-v', '--gpu-name', gpu, source, '-o', os.devnull]
+            run = subprocess.run(command, capture_output=True, text=True)
+            if run.returncode == 0:
+                break
+    log = run.stdout + run.stderr
+    stored, loaded = re.search(r'(\d+) bytes spill stores, (\d+) bytes spill loads', log).groups()
+    return {'registers': int(re.search(r'Used (\d+) registers', log).group(1)), 'spilled': int(stored) + int(loaded)}
+
+
+def launch(**case):
+    """Everything that a launch does on a GPU up to the launch itself, on a pretended one."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    class Driver:
+        def get_current_target(self):
+            return GPUTarget('cuda', 90, 32)
+
+        def get_current_device(self):
+            return 0
+
+        def get_current_stream(self, device):
+            return 0
+
+    triton.runtime.driver.set_active(Driver())
+    run = triton.runtime.JITFunction.run
+    triton.runtime.JITFunction.run = functools.wraps(run)(
+        lambda *args, warmup, **kwargs: run(*args, warmup=True, **kwargs))
+    arguments, grad = draw(**case)
+    out, lse = triton_backend.triton_forward(*arguments)
+    triton_backend.triton_backward(grad, *arguments, out, lse)
+    return [len(triton_backend.kernel(kernel).device_caches[0][0]) for kernel in KERNELS]
+
+
+# ---- the tests ----------------------------------------------------------------------------------------------------
+
+
+class Program:
+    """This file as a program, with or without Triton's interpreter."""
+
+    def __init__(self, cache, **environment):
+        root = str(Path(__file__).parents[2])
+        path = os.pathsep.join(filter(None, (root, os.environ.get('PYTHONPATH'))))
+        self.process = subprocess.Popen(
+            [sys.executable, '-W', 'ignore', __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env={**os.environ, 'PYTHONPATH': path, 'TRITON_CACHE_DIR': str(cache), **environment})
+
+    def __call__(self, do, **arguments):
+        self.process.stdin.write(json.dumps({'do': do, **arguments}) + '\n')
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        assert answer, 'the program failed, see its traceback on stderr'
+        return json.loads(answer)
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+@pytest.fixture(scope='module')
+def interpreter(tmp_path_factory):
+    program = Program(tmp_path_factory.mktemp('triton'), TRITON_INTERPRET='1', OMP_NUM_THREADS='1')
+    yield program
+    program.close()
+
+
+@pytest.fixture(scope='module')
+def compiler(tmp_path_factory):
+    program = Program(tmp_path_factory.mktemp('triton'), TRITON_INTERPRET='0')
+    yield program
+    program.close()
+
+
+def check(errors, dtype='float32'):
+    out, gradient = TOLERANCE[dtype]
+    assert errors.pop('finite')
+    assert errors.pop('absolute') <= out, errors
+    assert errors.pop('lse') <= (1e-5 if dtype == 'float32' else 1e-4), errors
+    assert max(errors.values()) <= gradient, errors
+
+
+# every window size that models use, a tile of several windows and one cut off at the grid's edge in each
+CASES = [
+    dict(w=1, d=16, M=1, bias=True, H=9, W=5, h=1),
+    dict(w=2, d=20, M=4, bias=False, H=9, W=11),
+    dict(w=2, d=16, M=5, bias=True, H=9, W=7),
+    dict(w=3, d=8, M=0, bias=True, H=7, W=8, h=1),
+    dict(w=4, d=24, M=17, bias=False, H=9, W=7),
+    dict(w=6, d=16, M=None, bias=True, H=7, W=8, h=1),
+    dict(w=7, d=32, M=9, bias=True, H=9, W=15),
+    dict(w=7, d=16, M=2, bias=True, H=3, W=2),
+    dict(w=8, d=16, M=None, bias=False, H=9, W=8),
+    dict(w=12, d=16, M=3, bias=True, H=13, W=5, h=1),
+    dict(w=16, d=16, M=70, bias=False, H=17, W=4, h=1),
+]
+
+
+@pytest.mark.parametrize('case', CASES, ids=str)
+def test_matches_reference(interpreter, case):
+    check(interpreter('measure', **case))
+
+
+@pytest.mark.parametrize('case', [
+    dict(w=3, d=16, M=18, bias=False, H=5, W=7, h=1),
+    dict(w=7, d=16, M=3, bias=True, H=8, W=6, h=1),
+], ids=str)
+def test_small_blocks(interpreter, case):
+    """Several blocks of everything, and sums of several steps."""
+    check(interpreter('measure', blocks=(32, 16, 4, 1), **case))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('blocks', [(64, 64, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2)], ids=str)
+@pytest.mark.parametrize('case', CASES, ids=str)
+def test_launched_blocks(interpreter, case, blocks):
+    check(interpreter('measure', blocks=blocks, **case))
+
+
+@pytest.mark.parametrize('dtype', ['float16', 'bfloat16'])
+@pytest.mark.parametrize('case', [
+    dict(w=7, d=32, M=9, bias=True, H=9, W=7, B=1),
+    dict(w=2, d=80, M=4, bias=False, H=9, W=7, B=1),
+], ids=str)
+def test_half_precision(interpreter, case, dtype):
+    check(interpreter('measure', **case, dtype=dtype), dtype)
+
+
+@pytest.mark.parametrize('dtype', ['float16', 'bfloat16'])
+@pytest.mark.parametrize('size', [1e2, 1e3])  # logits of 1e4 and 1e6
+def test_large_values(interpreter, size, dtype):
+    errors = interpreter(
+        'measure', w=7, d=32, M=2, bias=True, H=8, W=3, B=1, h=1, dtype=dtype, size=size, grad_size=1e-2)
+    assert errors['finite'], errors
+
+
+if torch.cuda.is_available():
+    @pytest.mark.parametrize('dtype', TOLERANCE)
+    @pytest.mark.parametrize('case', [
+        *CASES,
+        dict(w=7, d=32, M=9, bias=True, H=56, W=56, B=4, h=3),
+        dict(w=8, d=64, M=65, bias=True, H=40, W=50, h=4),
+        dict(w=2, d=80, M=4, bias=False, H=64, W=63, h=16),
+        dict(w=4, d=128, M=16, bias=False, H=28, W=28, h=2),
+    ], ids=str)
+    def test_on_gpu(case, dtype):
+        check(measure(**case, dtype=dtype, device='cuda'), dtype)
+
+
+def compile_cases():
+    """Kernel, architecture, dtype, head width, window size, number of additional keys, has a bias?"""
+    for arch, kernel in itertools.product((80, 90), KERNELS):
+        yield kernel, arch, 'bfloat16', 32, 7, 9, True
+        if kernel != 'bias_gradient':
+            yield kernel, arch, 'bfloat16', 128, 2, 4, False
+
+
+def all_compile_cases():
+    """What there is to choose from, but for cases that make no difference to a kernel or are easier than others."""
+    yield from itertools.product(KERNELS, (80, 90), ('float16',), (64,), (7,), (9,), (True,))
+    problems = [(2, False), (8, False), (2, True), (7, True), (8, True), (12, True), (16, True)]
+    for kernel, arch, dtype, d in itertools.product(KERNELS, (80, 90), ('bfloat16', 'float32'), (16, 32, 64, 128)):
+        for w, bias in problems[-1:] if kernel == 'additional_gradient' else problems:
+            if bias or kernel != 'bias_gradient':
+                yield kernel, arch, dtype, d, w, 65, bias
+
+
+def check_compiled(answers, arch):
+    for answer in answers:
+        assert answer['spilled'] == 0, answer
+        assert answer['shared'] <= SHARED_MEMORY[arch], answer
+
+
+@pytest.mark.parametrize('kernel,arch,dtype,d,w,M,bias', list(compile_cases()))
+def test_compiles_without_spills(compiler, kernel, arch, dtype, d, w, M, bias):
+    check_compiled(compiler('spills', kernel=kernel, arch=arch, dtype=dtype, head_dim=d, window_size=w,
+                            num_additional=M, has_bias=bias), arch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kernel,arch,dtype,d,w,M,bias', list(all_compile_cases()))
+def test_all_compile_without_spills(compiler, kernel, arch, dtype, d, w, M, bias):
+    test_compiles_without_spills(compiler, kernel, arch, dtype, d, w, M, bias)
+
+
+@pytest.mark.parametrize('case', [
+    dict(w=7, d=32, M=9, bias=True, H=15, W=15, dtype='bfloat16'),
+    # sizes of one are constants to the compiler
+    dict(w=2, d=16, M=1, bias=True, H=1, W=1, B=1, h=1, dtype='float16'),
+], ids=str)
+def test_launch_arguments(compiler, case):
+    """What a real launch passes compiles, one version of each kernel."""
+    assert all(compiler('launch', **case))
+
+
+def test_strided_inputs_are_not_copied():
+    (q, k, v, w, ak, av, bias, scale), _ = draw(w=7, d=16, M=3, bias=True, H=8, W=8)
+    arguments = triton_backend._arguments(q, k, v, w, ak, av, bias, scale)
+    assert not k.is_contiguous()
+    for name, x in (('q', q), ('k', k), ('v', v), ('ak', ak), ('av', av)):
+        assert arguments[f'{name}_ptr'].data_ptr() == x.data_ptr()
+
+
+def test_refuses_rows_beyond_32_bit_offsets():
+    rows = torch.empty((), device='meta').expand(1, 2, 2 ** 20, 4, 16)
+    wide = torch.empty_strided((1, 2, 2 ** 20, 4, 16), (2 ** 27, 2 ** 26, 64, 16, 1), device='meta')
+    with pytest.raises(ValueError, match=r'2\^31'):
+        triton_backend._arguments(wide, wide, rows, 2, None, None, None, 1.)
+
+
+def test_partial_sums_do_not_depend_on_the_tuned_shape():
+    """Their buffers are allocated before the shape is chosen."""
+    for kernel in ('additional_gradient', 'bias_gradient'):
+        for dtype, capability, d in itertools.product((torch.float32, torch.bfloat16), ((8, 0), (9, 0)), (32, 128)):
+            shapes = triton_backend.block_shapes(kernel, d, dtype, capability)
+            assert len({(shape.queries, shape.keys) for shape in shapes}) == 1
+
+
+if __name__ == '__main__':
+    main()
