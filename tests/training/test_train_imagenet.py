@@ -130,6 +130,8 @@ def test_interrupt_ends_cleanly(config, tmp_path):
     process = subprocess.Popen(
         [sys.executable, str(SCRIPT), '--config', str(config), '--epochs', '100000', '--workers', '1'],
         cwd=SCRIPT.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # shells start background jobs, perhaps this test run, with Ctrl-C ignored, and children inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     for line in process.stdout:
         if line.startswith('epoch 2/'):
