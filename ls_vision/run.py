@@ -1,4 +1,4 @@
-"""Runs any script with the models registered: `python -m ls_vision.run path/to/timm/train.py --model vil_ls_medium ...`.
+"""Runs any script with the models registered: `python -m ls_vision.run path/to/timm/train.py --model vil_ls_small`.
 
 timm has no plugin discovery, a model exists once its module is imported. Works under torchrun as well:
 `torchrun --nproc_per_node 2 -m ls_vision.run path/to/timm/train.py ...`. Also installed as `ls-vision-run`.
