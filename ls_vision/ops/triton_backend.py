@@ -24,6 +24,8 @@ AUTOTUNE_ENV = 'LS_VISION_TRITON_AUTOTUNE'
 
 # Tokens on a side of a tile, unless one window is wider.
 _TILE_SIDE = 8
+# Beyond it the kernels' way to divide token numbers is not exact.
+_LARGEST_WINDOW = 48
 # Rows of bias tables are padded to a multiple of this, which kernels rely on to read whole vectors.
 _TABLE_ROW = 16
 # Gradients that many programs add to are summed in two steps. The first takes about as many programs as fill a large
@@ -68,7 +70,7 @@ _AMPERE_BLOCKS: Dict[str, Dict[int, List[Blocks]]] = {
     'forward': {
         32: [Blocks(64, 64, 4, 2), Blocks(64, 32, 4, 3, 128)],
         64: [Blocks(64, 32, 4, 3)],
-        128: [Blocks(64, 32, 8, 2)],
+        128: [Blocks(32, 64, 8, 2)],
     },
     'query_gradient': {
         32: [Blocks(64, 64, 4, 2), Blocks(64, 32, 4, 3)],
@@ -81,11 +83,11 @@ _AMPERE_BLOCKS: Dict[str, Dict[int, List[Blocks]]] = {
 }
 # float32 is multiplied without tensor cores, in full precision
 _FLOAT32_BLOCKS: Dict[str, Dict[int, List[Blocks]]] = {
-    'forward': {64: [Blocks(64, 32, 8, 2, 255)], 128: [Blocks(64, 32, 16, 2, 128)]},
-    'query_gradient': {64: [Blocks(64, 32, 8, 2, 255)], 128: [Blocks(64, 32, 16, 2, 128)]},
-    'key_gradient': {64: [Blocks(32, 32, 8, 2, 255)], 128: [Blocks(32, 32, 16, 2, 128)]},
+    'forward': {64: [Blocks(64, 32, 8, 2, 255)], 128: [Blocks(32, 32, 16, 2, 128)]},
+    'query_gradient': {64: [Blocks(64, 32, 8, 2, 255)], 128: [Blocks(32, 32, 16, 2, 128)]},
+    'key_gradient': {64: [Blocks(32, 32, 8, 2, 255)], 128: [Blocks(16, 32, 8, 1, 255)]},
     'additional_gradient': {64: [Blocks(32, 32, 8, 2, 255)], 128: [Blocks(32, 32, 16, 2, 128)]},
-    'bias_gradient': {64: [Blocks(32, 32, 8, 2, 255)], 128: [Blocks(32, 32, 16, 2, 128)]},
+    'bias_gradient': {64: [Blocks(32, 32, 8, 2, 255)], 128: [Blocks(16, 32, 16, 2, 128)]},
 }
 # the interpreter takes the same time for a block of any size
 _INTERPRETER_BLOCKS = Blocks(128, 256, 4, 1)
@@ -279,6 +281,8 @@ def _arguments(
         b, m, *_, head, _ = x.stride()
         arguments.update({f'{name}_ptr': x, f'{name}_b': b, f'{name}_m': m, f'{name}_h': head})
     arguments.update(constants(d, window_size, M, bias is not None, query.dtype))
+    if window_size > _LARGEST_WINDOW:
+        raise ValueError(f'window_size is {window_size}, the Triton backend takes up to {_LARGEST_WINDOW}.')
     # offsets within a tile are 32 bit
     rows = max(side + 2 * key_margin(window_size), 64)
     if rows * max(arguments['q_y'], arguments['k_y'], arguments['v_y'], W * h * d) >= 2 ** 31:
@@ -332,7 +336,6 @@ def _tile_bias(bias: Tensor, window_size: int, queries: Tuple[int, int], keys: T
     return bias[:, number, position].masked_fill(~inside, float('-inf'))
 
 
-@functools.lru_cache(maxsize=64)
 def _tile_pairs(
         window_size: int,
         queries: Tuple[int, int],
@@ -418,11 +421,13 @@ def _autotuned(name: str, blocks: Tuple[Blocks, ...]) -> Any:
     return triton.autotune(configs, key=[x for x in kinds if x in kernel(name).arg_names])(kernel(name))
 
 
+@functools.cache
 def kernel(name: str) -> Any:
     """The kernel function of that name in `triton_kernels`."""
     return getattr(importlib.import_module('.triton_kernels', __package__), f'{name}_kernel')
 
 
+@functools.cache
 def _interpreting() -> bool:
     """Does Triton run in its interpreter? Decided by the environment at Triton's import."""
     return bool(importlib.import_module('triton').knobs.runtime.interpret)
