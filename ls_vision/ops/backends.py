@@ -68,4 +68,4 @@ def backward(
         return triton_backward(
             grad_out, query, key, value, window_size, additional_keys, additional_values, bias, scale, out, statistics)
     return blocked_backward(
-        grad_out, query, key, value, window_size, additional_keys, additional_values, bias, scale, out)
+        grad_out, query, key, value, window_size, additional_keys, additional_values, bias, scale)

@@ -7,7 +7,10 @@ cache. The backward pass gathers them again instead of having kept them.
 Shapes: B batch, H x W grid, h heads, d head width, M additional keys, w window size, p key margin; in a block n
 windows, Q queries and J = M + (keys inside the grid) keys of a window.
 """
-from typing import Iterator, List, NamedTuple, Optional, Tuple
+import functools
+import math
+import threading
+from typing import Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -30,15 +33,28 @@ class Block(NamedTuple):
     @property
     def shape(self) -> Tuple[int, int, int]:
         """(images, window rows, window columns)."""
-        return tuple(s.stop - s.start for s in (self.images, self.rows, self.cols))  # type: ignore[return-value]
+        images, rows, cols = self.images, self.rows, self.cols
+        return images.stop - images.start, rows.stop - rows.start, cols.stop - cols.start
+
+    @property
+    def num_windows(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def num_queries(self) -> int:
+        return self.row_run.query_size * self.col_run.query_size
+
+    @property
+    def num_keys(self) -> int:
+        return self.row_run.key_size * self.col_run.key_size
 
     def queries(self, x: Tensor) -> Tensor:
-        """View of a (B, H, W, h, d) raster: (images, rows, cols, query rows, query cols, h, d), no token twice."""
+        """View of a raster (B, H, W, ...): (images, rows, cols, query rows, query cols, ...), no token twice."""
         row, col = self.row_run, self.col_run
         return self._windows(x, row.query_start, row.query_size, col.query_start, col.query_size, 1)
 
     def keys(self, x: Tensor, stride: int = 1, row: int = 0, col: int = 0) -> Tensor:
-        """View of a raster: (images, rows, cols, key rows, key cols, h, d), tokens in all windows that see them.
+        """View of a raster: (images, rows, cols, key rows, key cols, ...), tokens in all windows that see them.
 
         With `stride` every stride-th window from number `row` and `col` on; far enough apart, no token occurs twice.
         """
@@ -56,12 +72,15 @@ class Block(NamedTuple):
             row: int = 0,
             col: int = 0,
     ) -> Tensor:
+        B, rows, cols = self.shape
         w = self.window_size
-        y = slice(row_start + (self.rows.start + row) * w, row_start + (self.rows.stop - 1) * w + row_size)
-        z = slice(col_start + (self.cols.start + col) * w, col_start + (self.cols.stop - 1) * w + col_size)
-        x = x[self.images, y, z]
-        x = x.unfold(1, row_size, stride * w).unfold(2, col_size, stride * w)  # (b, rows, cols, h, d, y, z)
-        return x.permute(0, 1, 2, 5, 6, 3, 4)
+        image, y, z, *channels = x.stride()
+        start = (row_start + (self.rows.start + row) * w) * y + (col_start + (self.cols.start + col) * w) * z
+        # one call in place of slices, unfolds and a permutation, which took a tenth of a small layer's time
+        return x.as_strided(
+            (B, -(-(rows - row) // stride), -(-(cols - col) // stride), row_size, col_size, *x.shape[3:]),
+            (image, stride * w * y, stride * w * z, y, z, *channels),
+            x.storage_offset() + self.images.start * image + start)
 
     def bias(self, bias: Tensor) -> Tensor:
         """View of a (h, w, w, w + 2p, w + 2p) bias: (h, query rows, query cols, key rows, key cols)."""
@@ -90,54 +109,72 @@ def _slices(length: int, step: int) -> List[slice]:
     return [slice(start, min(start + step, length)) for start in range(0, length, step)]
 
 
-class Buffer:
-    """Memory for one kind of tile, as large as the largest block that asked for it."""
+class Buffers(threading.local):
+    """Memory for tiles, each kind as large as the largest block that asked for it.
 
-    def __init__(self, like: Tensor, dtype: torch.dtype):
-        self.memory = torch.empty(0, dtype=dtype, device=like.device)
+    On the CPU every thread keeps its own from call to call: tiles of a few megabytes are memory that the system takes
+    back in between, and to be given it anew, page by page, took longer than to fill it.
+    """
 
-    def take(self, *shape: int) -> Tensor:
-        numel = 1
-        for size in shape:
-            numel *= size
-        if self.memory.numel() < numel:
-            self.memory = self.memory.new_empty(numel)
-        return self.memory[:numel].view(shape)
+    def __init__(self) -> None:
+        self.kept: Dict[Tuple[str, torch.dtype], Tensor] = {}
+
+    def take(self, kind: str, like: Tensor, dtype: torch.dtype, shape: Tuple[int, ...]) -> Tensor:
+        """A contiguous tensor with anything in it, until the same kind is taken again."""
+        numel = math.prod(shape)
+        if like.device.type != 'cpu':
+            return torch.empty(shape, dtype=dtype, device=like.device)
+        memory = self.kept.get((kind, dtype))
+        if memory is None or memory.numel() < numel:
+            with torch.inference_mode(False):  # what is made in that mode can't be written to outside of it
+                memory = self.kept[kind, dtype] = torch.empty(numel, dtype=dtype)
+        return memory[:numel].view(shape)
 
 
-def gather_keys(buffer: Buffer, x: Tensor, additional: Optional[Tensor], block: Block) -> Tensor:
-    """Additional keys, then those of the window, head by head: (n * h, J, d)."""
-    view = block.keys(x).permute(0, 1, 2, 5, 3, 4, 6)  # (images, rows, cols, h, y, z, d)
-    B, rows, cols, h, y, z, d = view.shape
-    M = 0 if additional is None else additional.shape[1]
-    tile = buffer.take(B, rows, cols, h, M + y * z, d)
+_buffers = Buffers()
+
+
+def as_pair(key: Tensor, value: Tensor) -> Tensor:
+    """(..., h, d) keys and values as one (..., 2, h, d), without a copy where they lie side by side already."""
+    offset = value.storage_offset() - key.storage_offset()
+    if (
+            key.untyped_storage().data_ptr() == value.untyped_storage().data_ptr() and offset > 0
+            and key.stride() == value.stride() and key.dtype == value.dtype
+    ):
+        shape, stride = key.shape, key.stride()
+        return key.as_strided((*shape[:-2], 2, *shape[-2:]), (*stride[:-2], offset, *stride[-2:]))
+    return torch.stack([key, value], dim=-3)
+
+
+def gather_queries(tile: Tensor, x: Tensor, block: Block) -> None:
+    """Fills a (n, Q, h, d) tile with queries, or with what has a value for each query."""
+    view = block.queries(x)  # (images, rows, cols, y, z, h, d)
+    tile.view(view.shape).copy_(view)
+
+
+def gather_keys(tile: Tensor, pair: Tensor, additional: Optional[Tensor], block: Block) -> None:
+    """Fills a (n, J, 2, h, d) tile with additional keys and values (B, M, 2, h, d), then those of the window."""
+    view = block.keys(pair)  # (images, rows, cols, y, z, 2, h, d)
+    M = 0
     if additional is not None:
-        tile[..., :M, :] = additional[block.images, None, None].transpose(-3, -2)
-    tile[..., M:, :].unflatten(4, (y, z)).copy_(view)
-    return tile.view(-1, M + y * z, d)
-
-
-def gather_queries(buffer: Buffer, x: Tensor, block: Block) -> Tensor:
-    """Queries, or what has a value for each query, head by head: (n * h, Q, d)."""
-    view = block.queries(x).permute(0, 1, 2, 5, 3, 4, 6)  # (images, rows, cols, h, y, z, d)
-    tile = buffer.take(*view.shape)
-    return tile.copy_(view).view(-1, view.shape[4] * view.shape[5], view.shape[6])
+        M = additional.shape[1]
+        tile[:, :M].view(*block.shape, *additional.shape[1:]).copy_(additional[block.images, None, None])
+    tile[:, M:].view(view.shape).copy_(view)
 
 
 def scatter_queries(out: Tensor, tile: Tensor, block: Block) -> None:
-    """Writes a (n * h, Q, d) tile to where `gather_queries` reads."""
-    target = block.queries(out).permute(0, 1, 2, 5, 3, 4, 6)
+    """Writes a (n, Q, h, d) tile to where `gather_queries` reads."""
+    target = block.queries(out)
     target.copy_(tile.view(target.shape))
 
 
 def scatter_add_keys(out: Tensor, additional: Tensor, tile: Tensor, block: Block) -> None:
-    """Adds a (n * h, J, d) tile to where `gather_keys` reads: a raster and (B, h, M, d) additional keys."""
+    """Adds a (n, J, h, d) tile to where `gather_keys` reads keys or values: a raster and (B, M, h, d) additional."""
     B, rows, cols = block.shape
-    M = additional.shape[2]
-    tile = tile.view(B, rows, cols, -1, tile.shape[1], tile.shape[2])
+    M = additional.shape[1]
     if M:
-        additional[block.images].add_(tile[..., :M, :].sum((1, 2)))
-    tile = tile[..., M:, :].unflatten(4, (block.row_run.key_size, block.col_run.key_size)).permute(0, 1, 2, 4, 5, 3, 6)
+        additional[block.images].add_(tile[:, :M].view(B, rows * cols, *additional.shape[1:]).sum(1))
+    tile = tile[:, M:].view(B, rows, cols, block.row_run.key_size, block.col_run.key_size, *tile.shape[2:])
     # windows this far apart share no keys
     side = block.window_size + 2 * key_margin(block.window_size)
     stride = -(-side // block.window_size)
@@ -166,19 +203,23 @@ def blocked_forward(
         scale: float,
 ) -> Tensor:
     """The forward pass of `ls_vision.ops.long_short_attention` with a window; arguments are described there."""
-    M = 0 if additional_keys is None else additional_keys.shape[1]
+    pair = as_pair(key, value)  # (B, H, W, 2, h, d)
+    additional, M = _additional_pair(additional_keys, additional_values)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    q_buffer, k_buffer, v_buffer = (Buffer(query, query.dtype) for _ in range(3))
-    h = query.shape[3]
+    h, d = query.shape[3:]
+    take = functools.partial(_buffers.take, like=query, dtype=query.dtype)
     runs, mask = None, None
     for block in blocks(query, window_size, M):
         if runs != (block.row_run, block.col_run):
             runs, mask = (block.row_run, block.col_run), block_bias(bias, block, M, query.dtype)
-        q = gather_queries(q_buffer, query, block).unflatten(0, (-1, h))
-        k = gather_keys(k_buffer, key, additional_keys, block).unflatten(0, (-1, h))
-        v = gather_keys(v_buffer, value, additional_values, block).unflatten(0, (-1, h))
-        tile = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)  # (n, h, Q, d)
-        scatter_queries(out, tile, block)
+        # token by token, so that what is next to each other in the raster stays so
+        n, Q, J = block.num_windows, block.num_queries, M + block.num_keys
+        q, kv = take('q', shape=(n, Q, h, d)), take('kv', shape=(n, J, 2, h, d))
+        gather_queries(q, query, block)
+        gather_keys(kv, pair, additional, block)
+        k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)  # (n, h, J, d)
+        tile = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask, scale=scale)  # (n, h, Q, d)
+        scatter_queries(out, tile.transpose(1, 2), block)
     return out
 
 
@@ -192,49 +233,60 @@ def blocked_backward(
         additional_values: Optional[Tensor],
         bias: Optional[Tensor],
         scale: float,
-        out: Tensor,
 ) -> Tuple[Tensor, Tensor, Tensor, Optional[Tensor], Optional[Tensor], Optional[Tensor]]:
     """Gradients of query, key, value, additional keys, additional values and bias, all computed in float32."""
-    M = 0 if additional_keys is None else additional_keys.shape[1]
+    pair = as_pair(key, value)  # (B, H, W, 2, h, d)
+    additional, M = _additional_pair(additional_keys, additional_values)
     B, _, _, h, d = query.shape
     f32, device = torch.float32, query.device
     grad_q = torch.empty(query.shape, dtype=query.dtype, device=device)
     grad_k, grad_v = (torch.zeros(query.shape, dtype=f32, device=device) for _ in range(2))
-    grad_extra_k, grad_extra_v = (torch.zeros(B, h, M, d, dtype=f32, device=device) for _ in range(2))
+    grad_extra_k, grad_extra_v = (torch.zeros(B, M, h, d, dtype=f32, device=device) for _ in range(2))
     side = window_size + 2 * key_margin(window_size)
     grad_bias = torch.zeros(h, window_size, window_size, side, side, dtype=f32, device=device)
-    buffers = [Buffer(query, f32) for _ in range(10)]
+    take = functools.partial(_buffers.take, like=query, dtype=f32)
     runs, mask = None, None
     for block in blocks(query, window_size, M):
         if runs != (block.row_run, block.col_run):
             runs, mask = (block.row_run, block.col_run), block_bias(bias, block, M, f32)
-        q = gather_queries(buffers[0], query, block)  # (n * h, Q, d)
-        o = gather_queries(buffers[1], out, block)
-        do = gather_queries(buffers[2], grad_out, block)
-        k = gather_keys(buffers[3], key, additional_keys, block)  # (n * h, J, d)
-        v = gather_keys(buffers[4], value, additional_values, block)
-        (nh, Q, _), J = q.shape, k.shape[1]
+        # head by head, as products of many small matrices want it
+        n, Q, J = block.num_windows, block.num_queries, M + block.num_keys
+        q, do, dq = (take(name, shape=(n * h, Q, d)) for name in ('q', 'do', 'dq'))
+        kv, dkv = (take(name, shape=(2, n * h, J, d)) for name in ('kv', 'dkv'))
+        p, ds = (take(name, shape=(n * h, Q, J)) for name in ('p', 'ds'))
+        gather_queries(q.view(n, h, Q, d).transpose(1, 2), query, block)
+        gather_queries(do.view(n, h, Q, d).transpose(1, 2), grad_out, block)
+        gather_keys(kv.view(2, n, h, J, d).permute(1, 3, 0, 2, 4), pair, additional, block)
+        k, v = kv.unbind(0)
 
-        p = torch.bmm(q.mul_(scale), k.transpose(1, 2), out=buffers[5].take(nh, Q, J))
+        torch.bmm(q.mul_(scale), k.transpose(1, 2), out=p)
         if mask is not None:
-            p.view(-1, h, Q, J).add_(mask)
+            p.view(n, h, Q, J).add_(mask)
         torch.softmax(p, dim=-1, out=p)
-        dv = torch.bmm(p.transpose(1, 2), do, out=buffers[6].take(nh, J, d))
-        ds = torch.bmm(do, v.transpose(1, 2), out=buffers[7].take(nh, Q, J))
-        ds.sub_(o.mul_(do).sum(-1, keepdim=True)).mul_(p)  # gradient of the logits
-        dk = torch.bmm(ds.transpose(1, 2), q, out=buffers[8].take(nh, J, d))
-        dq = torch.bmm(ds, k, out=buffers[9].take(nh, Q, d)).mul_(scale)
+        torch.bmm(p.transpose(1, 2), do, out=dkv[1])
+        torch.bmm(do, v.transpose(1, 2), out=ds)  # gradient of the weights, then of the logits
+        torch.ops.aten._softmax_backward_data.out(ds, p, -1, f32, grad_input=ds)
+        torch.bmm(ds.transpose(1, 2), q, out=dkv[0])
+        torch.bmm(ds, k, out=dq).mul_(scale)
 
-        scatter_queries(grad_q, dq, block)
+        scatter_queries(grad_q, dq.view(n, h, Q, d).transpose(1, 2), block)
+        dk, dv = dkv.view(2, n, h, J, d).transpose(2, 3).unbind(0)
         scatter_add_keys(grad_k, grad_extra_k, dk, block)
         scatter_add_keys(grad_v, grad_extra_v, dv, block)
         if bias is not None:
             target = block.bias(grad_bias)
-            target.add_(ds.view(-1, h, Q, J).sum(0)[..., M:].reshape(target.shape))
+            target.add_(ds.view(n, h, Q, J).sum(0)[..., M:].reshape(target.shape))
 
     extra_k = extra_v = None
     if additional_keys is not None:
-        extra_k, extra_v = (g.transpose(1, 2).to(query.dtype) for g in (grad_extra_k, grad_extra_v))
+        extra_k, extra_v = (g.to(query.dtype) for g in (grad_extra_k, grad_extra_v))
     return (
         grad_q, grad_k.to(query.dtype), grad_v.to(query.dtype), extra_k, extra_v,
         None if bias is None else grad_bias.flatten(3).flatten(1, 2).to(bias.dtype))
+
+
+def _additional_pair(keys: Optional[Tensor], values: Optional[Tensor]) -> Tuple[Optional[Tensor], int]:
+    """(B, M, 2, h, d) additional keys and values, and M."""
+    if keys is None or values is None:
+        return None, 0
+    return as_pair(keys, values), keys.shape[1]
