@@ -12,15 +12,17 @@ from timm.models import register_notrace_function
 from torch import Tensor, nn
 
 from ..ops import long_short_attention
+from ..ops.summaries import summarize
 from ..ops.tiles import gather_tiles, merge_windows
 from .checks import check_choice, check_heads, check_token_count
 from .position_bias import WINDOW_BIASES, resize_window_bias, window_bias_index, window_bias_rows
 from .projection import ConvDynamicProjection, ConvQKV, LinearDynamicProjection, LinearQKV
 
-# reason for all four: sizes that are Proxies would decide control flow or go into arange
+# reason for all five: sizes that are Proxies would decide control flow or go into arange
 register_notrace_function(long_short_attention)
 register_notrace_function(gather_tiles)
 register_notrace_function(merge_windows)
+register_notrace_function(summarize)
 register_notrace_function(check_token_count)
 
 GLOBAL_ATTENTIONS = ('post', 'pre')
@@ -179,14 +181,14 @@ class LongShortAttention2d(nn.Module):
         g, h = self.num_global_tokens, self.num_heads
         check_token_count(L, g, feat_size)
 
-        q, k, v = self.qkv(x, feat_size).unbind(2)  # (B, L, C) each
-        # autocast leaves normalised tensors in float32
-        k, v = self.dual_ln_full(k).to(q.dtype), self.dual_ln_full(v).to(q.dtype)
-        additional_keys, additional_values = self._additional_keys(x, k, v, feat_size)  # (B, M, h, d)
+        q, kv = self.qkv.apart(x, feat_size)  # (B, L, C), (B, L, 2, C)
+        kv = self.dual_ln_full(kv).to(q.dtype)  # autocast leaves normalised tensors in float32
+        q_global, q_local = q.split([g, H * W], dim=1)
+        kv_global, kv_local = kv.split([g, H * W], dim=1)
+        additional_keys, additional_values = self._additional_keys(x, kv_global, kv_local, feat_size)  # (B, M, h, d)
 
-        query = q[:, g:].reshape(B, H, W, h, C // h)
-        key = k[:, g:].reshape(B, H, W, h, C // h)
-        value = v[:, g:].reshape(B, H, W, h, C // h)
+        query = q_local.reshape(B, H, W, h, C // h)
+        key, value = kv_local.reshape(B, H, W, 2, h, C // h).unbind(3)
         if self.fused_attn:
             out = long_short_attention(
                 query, key, value, self.window_size, additional_keys, additional_values, self.position_bias(),
@@ -197,33 +199,46 @@ class LongShortAttention2d(nn.Module):
         x = out.reshape(B, H * W, C)
 
         if g > 0:
-            # the global tokens' keys and values are their own and, 'post', the local outputs or, 'pre', the local ones
-            keys = torch.cat([k[:, :g], x], dim=1) if self.global_attention == 'post' else k
-            values = torch.cat([v[:, :g], x], dim=1) if self.global_attention == 'post' else v
-            x = torch.cat([self._attend_globally(q[:, :g], keys, values), x], dim=1)
+            if self.global_attention == 'post':  # own keys and values, and the local outputs for both
+                k_global, v_global = kv_global.unbind(2)
+                keys, values = torch.cat([k_global, x], dim=1), torch.cat([v_global, x], dim=1)
+            else:  # own and local keys and values
+                keys, values = kv.unbind(2)
+            x = torch.cat([self._attend_globally(q_global, keys, values), x], dim=1)
         return self.proj_drop(self.proj(x))
 
     def _additional_keys(
             self,
             x: Tensor,
-            k: Tensor,
-            v: Tensor,
+            kv_global: Tensor,
+            kv_local: Tensor,
             feat_size: Tuple[int, int],
     ) -> Tuple[Optional[Tensor], Optional[Tensor]]:
-        """Keys and values that every local token sees, (B, M, h, d) each: r summaries, then g global tokens."""
-        B, L, C = x.shape
-        g, h = self.num_global_tokens, self.num_heads
-        keys, values = k[:, :g], v[:, :g]  # (B, g, C)
+        """Keys and values that every local token sees, (B, M, h, d) each: r summaries, then g global tokens.
+
+        Args:
+            x: (B, L, C).
+            kv_global: (B, g, 2, C).
+            kv_local: (B, N, 2, C).
+            feat_size: (H, W).
+        """
+        B, N, _, C = kv_local.shape
+        h, r = self.num_heads, self.rank
+        additional = kv_global
         if self.to_dynamic_projection is not None and self.dual_ln_dp is not None:
-            p = self.to_dynamic_projection(x[:, g:], feat_size)  # (B, h, r, N)
-            k_long = p @ k[:, g:].reshape(B, L - g, h, C // h).transpose(1, 2)  # (B, h, r, d)
-            v_long = p @ v[:, g:].reshape(B, L - g, h, C // h).transpose(1, 2)
-            k_long = self.dual_ln_dp(k_long.transpose(1, 2).flatten(2)).to(k.dtype)  # (B, r, C)
-            v_long = self.dual_ln_dp(v_long.transpose(1, 2).flatten(2)).to(v.dtype)
-            keys, values = torch.cat([k_long, keys], dim=1), torch.cat([v_long, values], dim=1)
-        elif g == 0:
+            weights = self.to_dynamic_projection(x, feat_size)  # (B, h, r, N)
+            tokens = kv_local.reshape(B, N, 2, h, C // h)
+            if self.fused_attn and not torch.jit.is_scripting():
+                long = summarize(weights, tokens)  # (B, 2, h, r, d)
+            else:
+                long = weights.unsqueeze(1) @ tokens.permute(0, 2, 3, 1, 4)
+            long = long.permute(0, 3, 1, 2, 4).reshape(B, r, 2, C)
+            long = self.dual_ln_dp(long).to(kv_local.dtype)
+            additional = torch.cat([long, kv_global], dim=1)
+        elif self.num_global_tokens == 0:
             return None, None
-        return keys.reshape(B, -1, h, C // h), values.reshape(B, -1, h, C // h)
+        k, v = additional.reshape(B, -1, 2, h, C // h).unbind(2)
+        return k, v
 
     def _unfused(
             self,

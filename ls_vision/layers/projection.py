@@ -2,7 +2,7 @@
 
 Shapes: B batch, H x W grid, N = H * W local tokens, g global tokens, L = g + N, C channels, h heads, r rank.
 """
-from typing import Tuple
+from typing import List, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,16 @@ class LinearQKV(nn.Linear):
         x = F.linear(x, self.weight, self.bias)
         return x.reshape(x.shape[0], x.shape[1], 3, self.in_features)
 
+    def apart(self, x: Tensor, feat_size: Tuple[int, int]) -> Tuple[Tensor, Tensor]:
+        """(B, L, C) -> queries (B, L, C) and keys and values (B, L, 2, C), which a norm then takes without a copy."""
+        C = self.in_features
+        bias = self.bias
+        if bias is None:
+            q, kv = F.linear(x, self.weight[:C]), F.linear(x, self.weight[C:])
+        else:
+            q, kv = F.linear(x, self.weight[:C], bias[:C]), F.linear(x, self.weight[C:], bias[C:])
+        return q, kv.reshape(x.shape[0], x.shape[1], 2, C)
+
 
 class ConvQKV(nn.Module):
     """CvT's convolutional projections: a depthwise 3 x 3 convolution, batch norm and a linear map for each of q, k, v.
@@ -36,9 +46,16 @@ class ConvQKV(nn.Module):
 
     def forward(self, x: Tensor, feat_size: Tuple[int, int]) -> Tensor:
         """(B, N, C) -> (B, N, 3, C)."""
+        return torch.stack(self._project(x, feat_size), dim=2)
+
+    def apart(self, x: Tensor, feat_size: Tuple[int, int]) -> Tuple[Tensor, Tensor]:
+        """(B, N, C) -> queries (B, N, C) and keys and values (B, N, 2, C)."""
+        q, k, v = self._project(x, feat_size)
+        return q, torch.stack([k, v], dim=2)
+
+    def _project(self, x: Tensor, feat_size: Tuple[int, int]) -> List[Tensor]:
         grid = _to_grid(x, feat_size)
-        out = [proj(_to_tokens(conv(grid))) for conv, proj in zip(self.conv, self.proj)]
-        return torch.stack(out, dim=2)
+        return [proj(_to_tokens(conv(grid))) for conv, proj in zip(self.conv, self.proj)]
 
 
 class LinearDynamicProjection(nn.Linear):
@@ -50,8 +67,9 @@ class LinearDynamicProjection(nn.Linear):
         self.rank = rank
 
     def forward(self, x: Tensor, feat_size: Tuple[int, int]) -> Tensor:  # type: ignore[override]
-        """(B, N, C) -> (B, h, r, N), rows that sum to 1."""
-        scores = F.linear(x, self.weight, self.bias)
+        """(B, g + N, C), of which the last N make the grid -> (B, h, r, N), rows that sum to 1."""
+        scores = F.linear(x, self.weight, self.bias)  # of global tokens too: to leave them out would copy the others
+        scores = scores[:, x.shape[1] - feat_size[0] * feat_size[1]:]
         return _normalize_scores(scores, self.num_heads, self.rank)
 
 
@@ -73,10 +91,11 @@ class ConvDynamicProjection(nn.Module):
 
 
 def _normalize_scores(scores: Tensor, num_heads: int, rank: int) -> Tensor:
-    """(B, N, h * r) scores -> (B, h, r, N), softmax over the tokens in float32."""
+    """(B, N, h * r) scores -> (B, h, r, N), softmax over the tokens."""
     B, N, _ = scores.shape
     scores = scores.transpose(1, 2).reshape(B, num_heads, rank, N)
-    return scores.softmax(dim=-1, dtype=torch.float32).to(scores.dtype)
+    # accumulated in float32; the type is named since autocast would make the whole of it float32
+    return scores.softmax(dim=-1, dtype=scores.dtype)
 
 
 def _depthwise(conv: type, dim: int, norm: bool, dd: dict) -> nn.Sequential:

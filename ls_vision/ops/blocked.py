@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .geometry import WindowRun, key_margin, window_runs
 
-BLOCK_ELEMENTS = 2 ** 20  # keys gathered at a time, 4 MB in float32
+BLOCK_ELEMENTS = 2 ** 19  # keys gathered at a time, 2 MB in float32
 
 
 class Block(NamedTuple):
