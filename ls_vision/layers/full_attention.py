@@ -2,7 +2,8 @@
 
 Shapes: B batch, H x W grid, N = H * W local tokens, g global tokens, L = g + N, C channels, h heads, d = C / h.
 """
-from typing import Final, Optional, Tuple
+from typing import Any, Final, List, NamedTuple, Optional, Tuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,21 @@ from .projection import ConvQKV, LinearQKV
 # reason for both: sizes that are Proxies would decide control flow or go into arange
 register_notrace_function(grid_bias)
 register_notrace_function(check_token_count)
+
+
+# What a layer may keep of its position bias: enough for grids of 24 x 24 (384 px) and 6 heads in float32.
+KEPT_BIAS_BYTES = 2 ** 23
+
+
+class KeptBias(NamedTuple):
+    """A position bias and what it was made of."""
+    bias: Tensor
+    feat_size: Tuple[int, int]
+    tables: List[Any]
+
+
+# not attributes of the layers, so that copies and files of a model hold weights alone
+_kept: 'WeakKeyDictionary[nn.Module, KeptBias]' = WeakKeyDictionary()
 
 
 class FullAttention2d(nn.Module):
@@ -107,6 +123,22 @@ class FullAttention2d(nn.Module):
         return grid_bias(
             table, self.g2g_relative_position_bias, self.g2l_relative_position_bias, self.feat_size, feat_size)
 
+    @torch.jit.unused
+    def _position_bias_in_evaluation(self, feat_size: Tuple[int, int], dtype: torch.dtype) -> Optional[Tensor]:
+        """`position_bias` in a dtype, made anew where weights, grid or dtype are not those of the call before."""
+        tables = list(self.parameters(recurse=False))
+        if not tables or any(type(t) is not nn.Parameter or not _is_comparable(t) for t in tables):
+            bias = self.position_bias(feat_size)
+            return None if bias is None else bias.to(dtype)
+        kept = _kept.get(self)
+        if kept is None or kept.feat_size != feat_size or kept.bias.dtype != dtype or not _are(tables, kept.tables):
+            bias = self.position_bias(feat_size)
+            assert bias is not None
+            kept = KeptBias(bias.to(dtype), feat_size, [_fingerprint(t) for t in tables])
+            if kept.bias.nbytes <= KEPT_BIAS_BYTES:
+                _kept[self] = kept
+        return kept.bias
+
     def forward(self, x: Tensor, feat_size: Tuple[int, int]) -> Tensor:
         """
         Args:
@@ -124,7 +156,10 @@ class FullAttention2d(nn.Module):
         qkv = self.qkv(x, feat_size)  # (B, L, 3, C)
         qkv = qkv.reshape(B, L, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)  # (B, h, L, d)
-        bias = self.position_bias(feat_size)
+        if not torch.jit.is_scripting() and _may_keep(x):
+            bias = self._position_bias_in_evaluation(feat_size, q.dtype)
+        else:
+            bias = self.position_bias(feat_size)
         if bias is not None:
             bias = bias.to(q.dtype).unsqueeze(0)  # (1, h, L, L)
 
@@ -147,3 +182,29 @@ class FullAttention2d(nn.Module):
             f'dim={self.dim}, num_heads={self.num_heads}, feat_size={self.feat_size}, '
             f'num_global_tokens={self.num_global_tokens}'
         )
+
+
+def _may_keep(x: Tensor) -> bool:
+    """Is this an eager call without gradients? A recorded program has to make the bias itself."""
+    return type(x) is Tensor and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing())
+
+
+def _is_comparable(table: Tensor) -> bool:
+    """On the CPU values are compared, elsewhere versions, since to compare values would wait for the device."""
+    return table.device.type == 'cpu' or (table.device.type != 'meta' and not table.is_inference())
+
+
+def _fingerprint(table: Tensor) -> Any:
+    data = table.detach()
+    return data.clone() if table.device.type == 'cpu' else (data.data_ptr(), table._version, table.dtype)
+
+
+def _are(tables: List[Tensor], fingerprints: List[Any]) -> bool:
+    """Are the tables what the fingerprints were taken of?"""
+    for table, known in zip(tables, fingerprints):
+        if isinstance(known, Tensor) and table.device.type == 'cpu':
+            if table.dtype != known.dtype or table.shape != known.shape or not torch.equal(table, known):
+                return False
+        elif isinstance(known, Tensor) or known != _fingerprint(table):
+            return False
+    return len(tables) == len(fingerprints)

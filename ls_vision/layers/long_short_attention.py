@@ -161,7 +161,8 @@ class LongShortAttention2d(nn.Module):
         table, index = self.local_relative_position_bias_table, self.relative_position_index
         if table is None or index is None:
             return None
-        bias = table[index].permute(2, 0, 1)
+        bias = table.t().contiguous().index_select(1, index.flatten())  # faster than table[index], backward above all
+        bias = bias.view(-1, index.shape[0], index.shape[1])
         return bias if self.window_size > 1 else bias.expand(-1, -1, 9)
 
     def forward(self, x: Tensor, feat_size: Tuple[int, int]) -> Tensor:

@@ -188,8 +188,11 @@ def block_bias(bias: Optional[Tensor], block: Block, num_additional: int, dtype:
     if bias is None:
         return None
     side = block.window_size + 2 * key_margin(block.window_size)
-    view = block.bias(bias.unflatten(1, (block.window_size, -1)).unflatten(3, (side, side)))
-    return F.pad(view.flatten(3).flatten(1, 2).to(dtype), (num_additional, 0)).unsqueeze(0)
+    view = block.bias(bias.reshape(bias.shape[0], block.window_size, block.window_size, side, side))
+    mask = _buffers.take('bias', bias, dtype, (1, bias.shape[0], block.num_queries, num_additional + block.num_keys))
+    mask[..., :num_additional].zero_()
+    mask[0, ..., num_additional:].unflatten(1, view.shape[1:3]).unflatten(3, view.shape[3:]).copy_(view)
+    return mask
 
 
 def blocked_forward(
