@@ -184,6 +184,7 @@ class FullAttention2d(nn.Module):
         )
 
 
+@torch.jit.unused
 def _may_keep(x: Tensor) -> bool:
     """Is this an eager call without gradients? A recorded program has to make the bias itself."""
     return type(x) is Tensor and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing())

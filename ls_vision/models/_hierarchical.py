@@ -11,7 +11,6 @@ import torch
 from timm.layers import (
     ClassifierHead,
     DropPath,
-    Mlp,
     calculate_drop_path_rates,
     get_act_layer,
     get_device_dtype,
@@ -24,6 +23,7 @@ from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
 from ..layers import FullAttention2d, LongShortAttention2d
+from ..layers.mlp import ChunkedMlp
 from ..layers.patch_embed import PatchEmbed, check_image_size
 from ._checkpoint import describe_mismatch
 
@@ -51,7 +51,7 @@ class Block(nn.Module):
         self.attn = attn
         self.drop_path1 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
         self.norm2 = norm_layer(dim, **dd)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=proj_drop, **dd)
+        self.mlp = ChunkedMlp(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=proj_drop, **dd)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
 
     def forward(self, x: Tensor, feat_size: Tuple[int, int]) -> Tensor:

@@ -10,7 +10,7 @@ windows, Q queries and J = M + (keys inside the grid) keys of a window.
 import functools
 import math
 import threading
-from typing import Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -82,27 +82,42 @@ class Block(NamedTuple):
             (image, stride * w * y, stride * w * z, y, z, *channels),
             x.storage_offset() + self.images.start * image + start)
 
-    def bias(self, bias: Tensor) -> Tensor:
-        """View of a (h, w, w, w + 2p, w + 2p) bias: (h, query rows, query cols, key rows, key cols)."""
-        row, col = self.row_run, self.col_run
-        return bias[
-            :, :row.query_size, :col.query_size, row.key_offset:row.key_offset + row.key_size,
-            col.key_offset:col.key_offset + col.key_size]
+
+@functools.lru_cache(maxsize=128)
+def plan_blocks(
+        batch: int,
+        feat_size: Tuple[int, int],
+        channels: int,
+        window_size: int,
+        num_additional: int,
+        elements: int,
+) -> List[Block]:
+    """All windows of a raster in blocks of about so many elements of keys; those of the same pair of runs in a row."""
+    blocks = []
+    for row_run, col_run in run_pairs(feat_size, window_size):
+        window = (num_additional + row_run.key_size * col_run.key_size) * channels
+        cols = min(col_run.num_windows, max(elements // window, 1))
+        rows = min(row_run.num_windows, max(elements // (window * cols), 1))
+        images = min(batch, max(elements // (window * cols * rows), 1))
+        blocks += [
+            Block(image, row, col, row_run, col_run, window_size)
+            for image in _slices(batch, images)
+            for row in _slices(row_run.num_windows, rows)
+            for col in _slices(col_run.num_windows, cols)
+        ]
+    return blocks
 
 
-def blocks(query: Tensor, window_size: int, num_additional: int) -> Iterator[Block]:
-    """All windows of a (B, H, W, h, d) raster; blocks with the same pair of runs follow one another."""
+def blocks_of(query: Tensor, window_size: int, num_additional: int) -> List[Block]:
+    """The plan for a (B, H, W, h, d) raster."""
     B, H, W, h, d = query.shape
-    for row_run in window_runs(H, window_size):
-        for col_run in window_runs(W, window_size):
-            window = (num_additional + row_run.key_size * col_run.key_size) * h * d
-            cols = min(col_run.num_windows, max(BLOCK_ELEMENTS // window, 1))
-            rows = min(row_run.num_windows, max(BLOCK_ELEMENTS // (window * cols), 1))
-            images = min(B, max(BLOCK_ELEMENTS // (window * cols * rows), 1))
-            for image in _slices(B, images):
-                for row in _slices(row_run.num_windows, rows):
-                    for col in _slices(col_run.num_windows, cols):
-                        yield Block(image, row, col, row_run, col_run, window_size)
+    return plan_blocks(B, (H, W), h * d, window_size, num_additional, BLOCK_ELEMENTS)
+
+
+def run_pairs(feat_size: Tuple[int, int], window_size: int) -> List[Tuple[WindowRun, WindowRun]]:
+    """Runs of window rows with runs of window columns: windows of a pair are clipped alike."""
+    return [
+        (row, col) for row in window_runs(feat_size[0], window_size) for col in window_runs(feat_size[1], window_size)]
 
 
 def _slices(length: int, step: int) -> List[slice]:
@@ -183,16 +198,47 @@ def scatter_add_keys(out: Tensor, additional: Tensor, tile: Tensor, block: Block
             block.keys(out, stride, row, col).add_(tile[:, row::stride, col::stride])
 
 
-def block_bias(bias: Optional[Tensor], block: Block, num_additional: int, dtype: torch.dtype) -> Optional[Tensor]:
-    """(1, h, Q, J) bias of a block, zero for the additional keys."""
+Masks = Dict[Tuple[WindowRun, WindowRun], Tensor]
+
+
+def clipped_biases(
+        bias: Optional[Tensor],
+        feat_size: Tuple[int, int],
+        window_size: int,
+        num_additional: int,
+        dtype: torch.dtype,
+) -> Masks:
+    """For each pair of runs the (1, h, Q, J) bias of its windows, zero for the additional keys."""
     if bias is None:
-        return None
-    side = block.window_size + 2 * key_margin(block.window_size)
-    view = block.bias(bias.reshape(bias.shape[0], block.window_size, block.window_size, side, side))
-    mask = _buffers.take('bias', bias, dtype, (1, bias.shape[0], block.num_queries, num_additional + block.num_keys))
-    mask[..., :num_additional].zero_()
-    mask[0, ..., num_additional:].unflatten(1, view.shape[1:3]).unflatten(3, view.shape[3:]).copy_(view)
-    return mask
+        return {}
+    bias = F.pad(bias.to(dtype), (num_additional, 0))  # (h, w * w, M + K)
+    index, sizes = _bias_index(feat_size, window_size, num_additional, bias.device)
+    masks = bias.flatten(0, 1).index_select(1, index).split(sizes, dim=1)  # one lookup for all, (h * w * w, J) each
+    out = {}
+    for (row, col), mask in zip(run_pairs(feat_size, window_size), masks):
+        mask = mask.unflatten(0, (1, bias.shape[0], window_size, window_size))
+        out[row, col] = mask[:, :, :row.query_size, :col.query_size].flatten(2, 3)
+    return out
+
+
+@functools.lru_cache(maxsize=64)
+def _bias_index(
+        feat_size: Tuple[int, int],
+        window_size: int,
+        num_additional: int,
+        device: torch.device,
+) -> Tuple[Tensor, List[int]]:
+    """Columns of a padded bias that the windows of each pair of runs see, one pair after the other, and how many."""
+    side = window_size + 2 * key_margin(window_size)
+    number = torch.arange(side * side).view(side, side) + num_additional
+    always = torch.arange(num_additional)
+    index = []
+    for row, col in run_pairs(feat_size, window_size):
+        rows = slice(row.key_offset, row.key_offset + row.key_size)
+        cols = slice(col.key_offset, col.key_offset + col.key_size)
+        index.append(torch.cat([always, number[rows, cols].flatten()]))
+    with torch.inference_mode(False):
+        return torch.cat(index).to(device), [len(i) for i in index]
 
 
 def blocked_forward(
@@ -209,12 +255,11 @@ def blocked_forward(
     pair = as_pair(key, value)  # (B, H, W, 2, h, d)
     additional, M = _additional_pair(additional_keys, additional_values)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    h, d = query.shape[3:]
+    _, H, W, h, d = query.shape
     take = functools.partial(_buffers.take, like=query, dtype=query.dtype)
-    runs, mask = None, None
-    for block in blocks(query, window_size, M):
-        if runs != (block.row_run, block.col_run):
-            runs, mask = (block.row_run, block.col_run), block_bias(bias, block, M, query.dtype)
+    masks = clipped_biases(bias, (H, W), window_size, M, query.dtype)
+    for block in blocks_of(query, window_size, M):
+        mask = masks.get((block.row_run, block.col_run))
         # token by token, so that what is next to each other in the raster stays so
         n, Q, J = block.num_windows, block.num_queries, M + block.num_keys
         q, kv = take('q', shape=(n, Q, h, d)), take('kv', shape=(n, J, 2, h, d))
@@ -240,7 +285,7 @@ def blocked_backward(
     """Gradients of query, key, value, additional keys, additional values and bias, all computed in float32."""
     pair = as_pair(key, value)  # (B, H, W, 2, h, d)
     additional, M = _additional_pair(additional_keys, additional_values)
-    B, _, _, h, d = query.shape
+    B, H, W, h, d = query.shape
     f32, device = torch.float32, query.device
     grad_q = torch.empty(query.shape, dtype=query.dtype, device=device)
     grad_k, grad_v = (torch.zeros(query.shape, dtype=f32, device=device) for _ in range(2))
@@ -248,10 +293,9 @@ def blocked_backward(
     side = window_size + 2 * key_margin(window_size)
     grad_bias = torch.zeros(h, window_size, window_size, side, side, dtype=f32, device=device)
     take = functools.partial(_buffers.take, like=query, dtype=f32)
-    runs, mask = None, None
-    for block in blocks(query, window_size, M):
-        if runs != (block.row_run, block.col_run):
-            runs, mask = (block.row_run, block.col_run), block_bias(bias, block, M, f32)
+    masks = clipped_biases(bias, (H, W), window_size, M, f32)
+    for block in blocks_of(query, window_size, M):
+        mask = masks.get((block.row_run, block.col_run))
         # head by head, as products of many small matrices want it
         n, Q, J = block.num_windows, block.num_queries, M + block.num_keys
         q, do, dq = (take(name, shape=(n * h, Q, d)) for name in ('q', 'do', 'dq'))
@@ -277,7 +321,10 @@ def blocked_backward(
         scatter_add_keys(grad_k, grad_extra_k, dk, block)
         scatter_add_keys(grad_v, grad_extra_v, dv, block)
         if bias is not None:
-            target = block.bias(grad_bias)
+            row, col = block.row_run, block.col_run
+            target = grad_bias[
+                :, :row.query_size, :col.query_size, row.key_offset:row.key_offset + row.key_size,
+                col.key_offset:col.key_offset + col.key_size]
             target.add_(ds.view(n, h, Q, J).sum(0)[..., M:].reshape(target.shape))
 
     extra_k = extra_v = None
