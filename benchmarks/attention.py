@@ -15,21 +15,16 @@ import argparse
 import datetime
 import json
 import os
-import platform
-import random
-import resource
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
-
 import torch
 from contenders import Flex, Floor, TileCopying, full_attention
+from measuring import RESULTS, added_memory, alternate, describe_machine, ratio, spread, write
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -37,7 +32,6 @@ from ls_vision.layers import LongShortAttention2d
 from ls_vision.ops.backends import BACKENDS
 from ls_vision.ops.functional import BACKEND_ENV
 
-RESULTS = Path(__file__).parent / 'results'
 PASSES = ('forward', 'step')
 # Full attention and the dense reference hold N x N logits for each head, or take as long as if they did.
 DENSE_TOKENS = 20_000
@@ -84,14 +78,13 @@ def main() -> None:
         print(json.dumps(memory_of(args.layers[0], args.measure_memory, args)))
         return
     torch.set_num_threads(args.threads)
-    args.out.mkdir(parents=True, exist_ok=True)
     name = f'attention_{args.device}_{args.dtype}_{datetime.date.today():%Y-%m-%d}'
     rows: list[dict[str, Any]] = []
-    machine = describe_machine(args)
+    machine = describe_machine(args.device, args.dtype, args.threads)
     try:
         for layer in tqdm(args.layers, desc='layers', disable=None):
             rows += measure_layer(layer, args)
-            write(args.out / name, machine, rows)
+            write(args.out / name, machine, rows, markdown(rows))
     except KeyboardInterrupt:
         print('Interrupted.', file=sys.stderr)
     print((args.out / f'{name}.md').read_text() if rows else 'Nothing was measured.')
@@ -104,7 +97,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--threads', type=int, default=torch.get_num_threads(), help='of PyTorch on the CPU')
     parser.add_argument('--backends', nargs='+', choices=BACKENDS, help='default: those that are fast on the device')
     parser.add_argument('--layers', nargs='+', type=parse_layer, default=LAYERS, metavar='C,h,side,w,r,g,B')
-    parser.add_argument('--seconds', type=float, default=20., help='of timing per layer and pass, three rounds at least')
+    parser.add_argument('--seconds', type=float, default=20., help='of timing a layer and pass, three rounds or more')
     parser.add_argument('--no-memory', action='store_true', help='time alone')
     parser.add_argument('--out', type=Path, default=RESULTS)
     parser.add_argument('--measure-memory', help=argparse.SUPPRESS)  # one contender, in this process
@@ -198,45 +191,12 @@ def measure_layer(layer: Layer, args: argparse.Namespace) -> Iterator[dict[str, 
             rows[kind].update(memory_in_new_process(layer, kind, args))
     alive = {kind: Contender(kind, layer, args) for kind in kinds if 'error' not in rows[kind]}
     for name in PASSES:
-        times = alternate({kind: getattr(c, name) for kind, c in alive.items()}, args)
+        times = alternate({kind: getattr(c, name) for kind, c in alive.items()}, args.seconds, args.device)
         for kind, seconds in times.items():
             rows[kind][name] = dict(
                 seconds=statistics.median(seconds), rounds=len(seconds),
                 to_tiles=ratio(seconds, times['tiles']), to_floor=ratio(seconds, times['floor']))
     return iter(rows.values())
-
-
-def alternate(calls: dict[str, Callable[[], None]], args: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of each call in rounds of all, the order drawn anew in each; one round before to warm up."""
-    synchronize = torch.cuda.synchronize if args.device == 'cuda' else lambda: None
-    times: dict[str, list[float]] = {kind: [] for kind in calls}
-    order = list(calls)
-    rng = random.Random(0)
-    end = None
-    with tqdm(total=args.seconds, desc='timing', unit='s', leave=False, disable=None,
-              bar_format='{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s') as progress:
-        while end is None or time.perf_counter() < end or len(times['tiles']) < 3:
-            rng.shuffle(order)
-            begin = time.perf_counter()
-            for kind in order:
-                synchronize()
-                start = time.perf_counter()
-                calls[kind]()
-                synchronize()
-                if end is not None:
-                    times[kind].append(time.perf_counter() - start)
-            if end is None:
-                end = time.perf_counter() + args.seconds
-            else:
-                progress.update(time.perf_counter() - begin)
-    return times
-
-
-def ratio(times: list[float], others: list[float]) -> dict[str, float]:
-    """Median of the ratios of times of the same round, and the quartiles around it."""
-    ratios = [a / b for a, b in zip(times, others, strict=True)]
-    low, median, high = statistics.quantiles(ratios, n=4, method='inclusive')
-    return dict(median=median, quartile_1=low, quartile_3=high)
 
 
 def memory_in_new_process(layer: Layer, kind: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -257,58 +217,12 @@ def memory_of(layer: Layer, kind: str, args: argparse.Namespace) -> dict[str, fl
     contender = Contender(kind, layer, args)
     contender_input = contender.x.nbytes
     saved = contender.saved_bytes()
-    if args.device == 'cuda':
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        contender.step()
-        peak = torch.cuda.max_memory_allocated() - before
-    else:
-        before = peak_resident_size(reset=True)
-        contender.step()
-        peak = peak_resident_size() - before
+    peak = added_memory(contender.step, args.device)
     return dict(saved=saved / contender_input, peak=peak / contender_input, input_bytes=contender_input)
 
 
-def peak_resident_size(reset: bool = False) -> int:
-    """Bytes; with `reset` the peak is first forgotten, where the system can (Linux)."""
-    if reset:
-        try:
-            Path('/proc/self/clear_refs').write_text('5')
-        except OSError:
-            pass
-    for line in Path('/proc/self/status').read_text().splitlines() if Path('/proc/self/status').exists() else ():
-        if line.startswith('VmHWM'):
-            return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
-
-
-def describe_machine(args: argparse.Namespace) -> dict[str, Any]:
-    name = torch.cuda.get_device_name() if args.device == 'cuda' else cpu_name()
-    return dict(
-        device=name, dtype=args.dtype, threads=args.threads, torch=torch.__version__, python=platform.python_version(),
-        date=f'{datetime.date.today()}', command=f'python benchmarks/attention.py {" ".join(sys.argv[1:])}'.strip())
-
-
-def cpu_name() -> str:
-    info = Path('/proc/cpuinfo')
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(':', 1)[1].strip() for line in lines if line.startswith('model name')]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def write(path: Path, machine: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """PATH.json and PATH.md, each replaced as a whole."""
-    for suffix, text in (('.json', json.dumps(dict(machine=machine, rows=rows), indent=1)),
-                         ('.md', markdown(machine, rows))):
-        new = path.with_name(f'{path.name}{suffix}.new')
-        new.write_text(text + '\n')
-        new.replace(path.with_name(path.name + suffix))
-
-
-def markdown(machine: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    lines = [', '.join(f'{k} {v}' for k, v in machine.items() if k != 'command'), '', f'`{machine["command"]}`', '']
-    lines += [
+def markdown(rows: list[dict[str, Any]]) -> str:
+    lines = [
         'Ratios are medians over rounds (quartiles in brackets): times of the tile-copying layer, of the floor; bytes '
         'kept for the backward pass and peak memory of a step over the bytes of the input.', '',
         '| layer | contender | forward, ms | to tiles | to floor | step, ms | to tiles | to floor | kept | peak |',
@@ -324,10 +238,6 @@ def markdown(machine: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         cells += [f'{row[key]:.2f}' if key in row else '' for key in ('saved', 'peak')]
         lines.append(f'| {" | ".join(cells)} |')
     return '\n'.join(lines)
-
-
-def spread(result: dict[str, float]) -> str:
-    return f'{result["median"]:.2f} ({result["quartile_1"]:.2f} to {result["quartile_3"]:.2f})'
 
 
 if __name__ == '__main__':

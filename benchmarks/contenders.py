@@ -24,7 +24,7 @@ class TileCopying(nn.Module):
     def forward(self, x: Tensor, feat_size: tuple[int, int]) -> Tensor:
         """(B, L, C) -> (B, L, C)."""
         layer = self.layer
-        B, L, C = x.shape
+        B, _, C = x.shape
         H, W = feat_size
         g, h, w, M = layer.num_global_tokens, layer.num_heads, layer.window_size, layer.rank + layer.num_global_tokens
         d, p, (nH, nW) = C // h, key_margin(w), num_windows(feat_size, w)
@@ -65,7 +65,7 @@ class TileCopying(nn.Module):
         w = self.layer.window_size
         side = w + 2 * key_margin(w)
         x = x.unfold(1, side, w).unfold(2, side, w)  # (B, nH, nW, C, side, side)
-        B, nH, nW, C = x.shape[:4]
+        B, nH, nW = x.shape[:3]
         x = x.reshape(B, nH, nW, self.layer.num_heads, -1, side * side)
         return x.permute(0, 3, 1, 2, 5, 4).reshape(B, self.layer.num_heads, nH * nW, side * side, -1)
 

@@ -11,6 +11,7 @@ from timm.layers import trunc_normal_, use_fused_attn
 from timm.models import register_notrace_function
 from torch import Tensor, nn
 
+from ..ops.weights import attention_weights
 from .checks import check_heads, check_token_count
 from .position_bias import grid_bias, grid_bias_rows, resize_grid_bias
 from .projection import ConvQKV, LinearQKV
@@ -167,12 +168,7 @@ class FullAttention2d(nn.Module):
             x = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=bias, dropout_p=self.attn_drop.p if self.training else 0.)
         else:
-            attn = (q * self.scale) @ k.transpose(-2, -1)
-            if bias is not None:
-                attn = attn + bias
-            attn = attn.softmax(dim=-1)
-            attn = self.attn_drop(attn)
-            x = attn @ v
+            x = self.attn_drop(attention_weights(q, k, bias, self.scale)) @ v
 
         x = x.transpose(1, 2).reshape(B, L, C)
         return self.proj_drop(self.proj(x))
@@ -187,7 +183,8 @@ class FullAttention2d(nn.Module):
 @torch.jit.unused
 def _may_keep(x: Tensor) -> bool:
     """Is this an eager call without gradients? A recorded program has to make the bias itself."""
-    return type(x) is Tensor and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing())
+    recorded = type(x) is not Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return not recorded and not torch.is_grad_enabled()
 
 
 def _is_comparable(table: Tensor) -> bool:

@@ -14,15 +14,18 @@ from torch import Tensor, nn
 from ..ops import long_short_attention
 from ..ops.summaries import summarize
 from ..ops.tiles import gather_tiles, merge_windows
+from ..ops.weights import attention_weights
 from .checks import check_choice, check_heads, check_token_count
+from .dual_norm import DualLayerNorm
 from .position_bias import WINDOW_BIASES, resize_window_bias, window_bias_index, window_bias_rows
 from .projection import ConvDynamicProjection, ConvQKV, LinearDynamicProjection, LinearQKV
 
-# reason for all five: sizes that are Proxies would decide control flow or go into arange
+# reason for all six: sizes or devices that are Proxies would decide control flow or go into arange
 register_notrace_function(long_short_attention)
 register_notrace_function(gather_tiles)
 register_notrace_function(merge_windows)
 register_notrace_function(summarize)
+register_notrace_function(attention_weights)
 register_notrace_function(check_token_count)
 
 GLOBAL_ATTENTIONS = ('post', 'pre')
@@ -103,7 +106,7 @@ class LongShortAttention2d(nn.Module):
         self.fused_attn = use_fused_attn()
 
         self.qkv = (ConvQKV if conv_projection else LinearQKV)(dim, bias=qkv_bias, **dd)
-        self.dual_ln_full = nn.LayerNorm(dim, **dd) if dual_ln else nn.Identity()
+        self.dual_ln_full = DualLayerNorm(dim, **dd) if dual_ln else nn.Identity()
         # what is not used does not exist
         self.to_dynamic_projection: Optional[nn.Module] = None
         self.dual_ln_dp: Optional[nn.Module] = None
@@ -111,7 +114,7 @@ class LongShortAttention2d(nn.Module):
         if rank > 0:
             projection = ConvDynamicProjection if conv_projection else LinearDynamicProjection
             self.to_dynamic_projection = projection(dim, num_heads, rank, **dd)
-            self.dual_ln_dp = nn.LayerNorm(dim, **dd) if dual_ln else nn.Identity()
+            self.dual_ln_dp = DualLayerNorm(dim, **dd) if dual_ln else nn.Identity()
         if rel_pos_bias is not None:
             rows = window_bias_rows(window_size, rel_pos_bias)
             self.local_relative_position_bias_table = nn.Parameter(torch.empty(rows, num_heads, **dd))
@@ -183,7 +186,7 @@ class LongShortAttention2d(nn.Module):
         check_token_count(L, g, feat_size)
 
         q, kv = self.qkv.apart(x, feat_size)  # (B, L, C), (B, L, 2, C)
-        kv = self.dual_ln_full(kv).to(q.dtype)  # autocast leaves normalised tensors in float32
+        kv = self.dual_ln_full(kv)
         q_global, q_local = q.split([g, H * W], dim=1)
         kv_global, kv_local = kv.split([g, H * W], dim=1)
         additional_keys, additional_values = self._additional_keys(x, kv_global, kv_local, feat_size)  # (B, M, h, d)
@@ -234,8 +237,7 @@ class LongShortAttention2d(nn.Module):
             else:
                 long = weights.unsqueeze(1) @ tokens.permute(0, 2, 3, 1, 4)
             long = long.permute(0, 3, 1, 2, 4).reshape(B, r, 2, C)
-            long = self.dual_ln_dp(long).to(kv_local.dtype)
-            additional = torch.cat([long, kv_global], dim=1)
+            additional = torch.cat([self.dual_ln_dp(long), kv_global], dim=1)
         elif self.num_global_tokens == 0:
             return None, None
         k, v = additional.reshape(B, -1, 2, h, C // h).unbind(2)
@@ -253,12 +255,7 @@ class LongShortAttention2d(nn.Module):
         """The windowed attention with its weights in the open, for inspection; (B, H, W, h, d)."""
         q, k, v, mask = gather_tiles(
             query, key, value, self.window_size, additional_keys, additional_values, self.position_bias())
-        attn = (q * self.scale) @ k.transpose(-2, -1)
-        if mask is not None:
-            attn = attn + mask
-        attn = attn.softmax(dim=-1)
-        attn = self.attn_drop(attn)
-        out = attn @ v
+        out = self.attn_drop(attention_weights(q, k, mask, self.scale)) @ v
         if self.window_size == 0:
             return out.transpose(1, 2).reshape(query.shape)
         return merge_windows(out, feat_size, self.window_size)
@@ -273,7 +270,7 @@ class LongShortAttention2d(nn.Module):
         if self.fused_attn:
             out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
         else:
-            out = ((q * self.scale) @ k.transpose(-2, -1)).softmax(dim=-1) @ v
+            out = attention_weights(q, k, None, self.scale) @ v
         return out.transpose(1, 2).reshape(B, g, C)
 
     def extra_repr(self) -> str:

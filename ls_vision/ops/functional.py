@@ -13,6 +13,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .backends import BACKENDS, backward, choose_backend, forward
 from .geometry import num_windows
+from .precision import autocast_dtype
 from .reference import reference_attention
 from .tiles import gather_tiles, merge_windows
 
@@ -182,10 +183,8 @@ def _resolve(backend: str, query: Tensor) -> str:
 
 def _autocast(x: Tensor) -> Tensor:
     """The tensor in the precision of matrix products under autocast."""
-    device = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return x
-    return x.to(torch.get_autocast_dtype(device))
+    dtype = autocast_dtype(x)
+    return x if dtype is None or x.dtype == torch.float64 else x.to(dtype)
 
 
 def check_attention_args(

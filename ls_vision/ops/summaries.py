@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 
-@torch.library.custom_op('ls_vision::summarize', mutates_args=())
 def summarize(weights: Tensor, tokens: Tensor) -> Tensor:
     """Sums of tokens, each head with its own r sets of weights.
 
@@ -23,6 +22,11 @@ def summarize(weights: Tensor, tokens: Tensor) -> Tensor:
     Returns:
         (B, n, h, r, d).
     """
+    return torch.ops.ls_vision.summarize(weights, tokens)
+
+
+@torch.library.custom_op('ls_vision::summarize', mutates_args=())
+def _summarize(weights: Tensor, tokens: Tensor) -> Tensor:
     (B, h, r, _), (n, d) = weights.shape, (tokens.shape[2], tokens.shape[4])
     x = tokens.permute(0, 2, 3, 1, 4)  # (B, n, h, N, d)
     if x.device.type != 'cpu':
@@ -34,7 +38,7 @@ def summarize(weights: Tensor, tokens: Tensor) -> Tensor:
     return out
 
 
-@summarize.register_fake
+@_summarize.register_fake
 def _(weights, tokens):
     return tokens.new_empty(tokens.shape[0], tokens.shape[2], weights.shape[1], weights.shape[2], tokens.shape[4])
 
@@ -73,7 +77,7 @@ def _differentiate(ctx, grad: Tensor) -> Tuple[Tensor, Tensor]:
     return torch.ops.ls_vision.summarize_backward(grad, *ctx.saved_tensors)
 
 
-summarize.register_autograd(_differentiate, setup_context=_setup_context)
+_summarize.register_autograd(_differentiate, setup_context=_setup_context)
 
 
 @register_flop_formula(torch.ops.ls_vision.summarize)

@@ -1,0 +1,113 @@
+"""How the benchmarks measure: calls in turns, ratios of the same round, peak memory, files that stay whole."""
+import contextlib
+import datetime
+import json
+import platform
+import random
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+RESULTS = Path(__file__).parent / 'results'
+
+
+def alternate(
+        calls: dict[str, Callable[[], Any]],
+        seconds: float,
+        device: str = 'cpu',
+        min_rounds: int = 3,
+) -> dict[str, list[float]]:
+    """Seconds of each call in rounds of all, the order drawn anew in each; one round before to warm up."""
+    synchronize = torch.cuda.synchronize if device == 'cuda' else lambda: None
+    times: dict[str, list[float]] = {kind: [] for kind in calls}
+    order = list(calls)
+    rng = random.Random(0)
+    end = None
+    rounds = 0
+    with tqdm(total=seconds, desc='timing', unit='s', leave=False, disable=None,
+              bar_format='{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s') as progress:
+        while end is None or time.perf_counter() < end or rounds < min_rounds:
+            rng.shuffle(order)
+            begin = time.perf_counter()
+            for kind in order:
+                synchronize()
+                start = time.perf_counter()
+                calls[kind]()
+                synchronize()
+                if end is not None:
+                    times[kind].append(time.perf_counter() - start)
+            if end is None:
+                end = time.perf_counter() + seconds
+            else:
+                rounds += 1
+                progress.update(time.perf_counter() - begin)
+    return times
+
+
+def ratio(times: list[float], others: list[float]) -> dict[str, float]:
+    """Median of the ratios of times of the same round, and the quartiles around it."""
+    ratios = [a / b for a, b in zip(times, others, strict=True)]
+    low, median, high = statistics.quantiles(ratios, n=4, method='inclusive')
+    return dict(median=median, quartile_1=low, quartile_3=high)
+
+
+def spread(result: dict[str, float]) -> str:
+    """A ratio and its quartiles as text."""
+    return f'{result["median"]:.2f} ({result["quartile_1"]:.2f} to {result["quartile_3"]:.2f})'
+
+
+def added_memory(call: Callable[[], Any], device: str) -> int:
+    """Bytes that a call takes at its peak above what was there: of the allocator on a GPU, else resident."""
+    if device == 'cuda':
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    before = peak_resident_size(reset=True)
+    call()
+    return peak_resident_size() - before
+
+
+def peak_resident_size(reset: bool = False) -> int:
+    """Bytes; with `reset` the peak is first forgotten, where the system can (Linux)."""
+    if reset:
+        with contextlib.suppress(OSError):
+            Path('/proc/self/clear_refs').write_text('5')
+    for line in Path('/proc/self/status').read_text().splitlines() if Path('/proc/self/status').exists() else ():
+        if line.startswith('VmHWM'):
+            return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+
+
+def describe_machine(device: str, dtype: str, threads: int) -> dict[str, Any]:
+    """What a figure depends on besides the code, and the command that made it."""
+    name = torch.cuda.get_device_name() if device == 'cuda' else cpu_name()
+    return dict(
+        device=name, dtype=dtype, threads=threads, torch=torch.__version__, python=platform.python_version(),
+        date=f'{datetime.date.today()}', command=' '.join(['python', *sys.argv]))
+
+
+def cpu_name() -> str:
+    info = Path('/proc/cpuinfo')
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(':', 1)[1].strip() for line in lines if line.startswith('model name')]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def write(path: Path, machine: dict[str, Any], rows: list[dict[str, Any]], markdown: str) -> None:
+    """PATH.json and PATH.md, each replaced as a whole; the Markdown says first where and how it was measured."""
+    head = ', '.join(f'{k} {v}' for k, v in machine.items() if k != 'command')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for suffix, text in (('.json', json.dumps(dict(machine=machine, rows=rows), indent=1)),
+                         ('.md', f'{head}\n\n`{machine["command"]}`\n\n{markdown}')):
+        new = path.with_name(f'{path.name}{suffix}.new')
+        new.write_text(text + '\n')
+        new.replace(path.with_name(path.name + suffix))

@@ -1,0 +1,21 @@
+"""What autocast asks for, and how to leave it."""
+import contextlib
+from typing import ContextManager, Optional
+
+import torch
+from torch import Tensor
+
+
+def autocast_dtype(x: Tensor) -> Optional[torch.dtype]:
+    """The precision of matrix products where autocast is on for the tensor's device, else None."""
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def without_autocast(x: Tensor) -> ContextManager:
+    """A block in which operations on the tensor's device keep the precision of their inputs."""
+    if autocast_dtype(x) is None:
+        return contextlib.nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
