@@ -24,14 +24,15 @@ from typing import Any, NamedTuple
 
 import torch
 from contenders import Flex, Floor, TileCopying, full_attention
-from measuring import RESULTS, added_memory, alternate, describe_machine, ratio, spread, write
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ls_vision.analysis.measure import added_memory, alternate, describe_machine, ratio, spread, write
 from ls_vision.layers import LongShortAttention2d
 from ls_vision.ops.backends import BACKENDS
 from ls_vision.ops.functional import BACKEND_ENV
 
+RESULTS = Path(__file__).parent / 'results'
 PASSES = ('forward', 'step')
 # Full attention and the dense reference hold N x N logits for each head, or take as long as if they did.
 DENSE_TOKENS = 20_000

@@ -23,12 +23,13 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
-from measuring import RESULTS, added_memory, alternate, describe_machine, ratio, spread, write
 from torch import nn
 from tqdm import tqdm
 
 import ls_vision  # noqa: F401  registers the models
+from ls_vision.analysis.measure import added_memory, alternate, describe_machine, ratio, spread, write
 
+RESULTS = Path(__file__).parent / 'results'
 BASELINE = 'swin_small_patch4_window7_224'
 GROWTH_MODEL = 'vil_ls_medium_linear'
 GROWTH_SIZES = (224, 448, 896, 1792)

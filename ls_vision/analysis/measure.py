@@ -1,4 +1,4 @@
-"""How the benchmarks measure: calls in turns, ratios of the same round, peak memory, files that stay whole."""
+"""How times and memory are measured: calls in turns, ratios of the same round, peak memory, files that stay whole."""
 import contextlib
 import datetime
 import json
@@ -14,8 +14,6 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-
-RESULTS = Path(__file__).parent / 'results'
 
 
 def alternate(
