@@ -1,0 +1,128 @@
+"""torchvision's detectors on a timm backbone."""
+from typing import Any, Callable, NamedTuple, Optional, Sequence, Union
+
+from timm.data import resolve_data_config
+from torch import Tensor, nn
+from torchvision.models.detection import FCOS, FasterRCNN, MaskRCNN, RetinaNet
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
+
+from .backbone import PyramidBackbone
+
+FCOS_DISTANCE = 2.  # strides from a point to the sides of its box, before anything has been learned
+
+
+class Normalize(GeneralizedRCNNTransform):
+    """torchvision's preprocessing without its resizing, which `_skip_resize` turns off in training only."""
+
+    def resize(self, image: Tensor, target: Optional[dict[str, Tensor]] = None) -> Any:
+        return image, target
+
+
+class Kind(NamedTuple):
+    """What of a detector depends on its family."""
+    make: Callable[..., nn.Module]
+    strides: tuple[int, ...]  # of the pyramid's levels; the field starts one-stage detectors at 8
+    prefix: str  # of torchvision's arguments for the boxes that come out
+    score_thresh: float
+
+
+DETECTORS = {
+    'fcos': Kind(FCOS, (8, 16, 32), '', .05),
+    'retinanet': Kind(RetinaNet, (8, 16, 32), '', .05),
+    'faster_rcnn': Kind(FasterRCNN, (4, 8, 16, 32), 'box_', .05),
+    'mask_rcnn': Kind(MaskRCNN, (4, 8, 16, 32), 'box_', .05),
+}
+
+
+def build_detector(
+        detector: str,
+        backbone: str = 'vil_ls_small_linear',
+        num_classes: int = 80,
+        strides: Optional[Sequence[int]] = None,
+        out_channels: int = 256,
+        trainable_stages: Optional[int] = None,
+        grad_checkpointing: bool = False,
+        min_size: Optional[Union[int, Sequence[int]]] = None,
+        max_size: int = 1333,
+        detections_per_img: int = 100,
+        backbone_kwargs: Optional[dict[str, Any]] = None,
+        **detector_kwargs: Any,
+) -> nn.Module:
+    """A torchvision detector whose features come from any timm model.
+
+    It is called as all of them are: `losses = model(images, targets)` in training, `detections = model(images)` in
+    evaluation, with images (3, H, W) from 0 to 1 of any sizes; labels count from 1.
+
+    Args:
+        detector: 'fcos', 'retinanet', 'faster_rcnn' or 'mask_rcnn'.
+        backbone: timm model name.
+        num_classes: Classes of objects; the background is not one.
+        strides: Strides of the backbone's feature maps that enter the pyramid. By default (8, 16, 32) for the one-stage
+            detectors, to which two coarser levels are added, and (4, 8, 16, 32) for the others, to which one is.
+        out_channels: Width of pyramid and heads, a multiple of 32.
+        trainable_stages: Stages of the backbone that are trained, counted from the last one; all if None.
+        grad_checkpointing: Recompute the backbone's blocks in the backward pass: less memory, a third more time.
+        min_size: Shorter side in pixels to which images are resized; one of several, drawn at random, in training. None
+            leaves images as they are.
+        max_size: Limit of the longer side where images are resized.
+        detections_per_img: Most boxes that an image can get.
+        backbone_kwargs: Arguments of `timm.create_model`, e.g. `drop_path_rate` or `pretrained`.
+        **detector_kwargs: Other arguments of the torchvision detector, e.g. `score_thresh`.
+
+    Raises:
+        ValueError: An argument is out of range; names it and what is accepted.
+    """
+    if detector not in DETECTORS:
+        raise ValueError(f'detector {detector!r}: must be one of {", ".join(DETECTORS)}')
+    if num_classes < 1:
+        raise ValueError(f'num_classes {num_classes}: must be 1 or more')
+    if out_channels < 1 or out_channels % 32:
+        raise ValueError(f'out_channels {out_channels}: must be a multiple of 32')
+    kind = DETECTORS[detector]
+    pyramid = PyramidBackbone(
+        backbone, strides or kind.strides, out_channels, trainable_stages, grad_checkpointing,
+        _extra_levels(kind, out_channels), **(backbone_kwargs or {}))
+    data_config = resolve_data_config(model=pyramid.body.model)
+    settings: dict[str, Any] = dict(
+        num_classes=num_classes + 1,  # torchvision counts the background
+        image_mean=data_config['mean'],
+        image_std=data_config['std'],
+        max_size=max_size,
+        min_size=800 if min_size is None else min_size,
+        **{f'{kind.prefix}detections_per_img': detections_per_img, f'{kind.prefix}score_thresh': kind.score_thresh},
+        **_level_settings(kind, pyramid),
+    )
+    model = kind.make(pyramid, **{**settings, **detector_kwargs})
+    if min_size is None:
+        model.transform = Normalize(0, 0, data_config['mean'], data_config['std'])
+    if isinstance(model, FCOS):
+        # Distances leave the head through a ReLU. From a bias of 0 all of them fell to 0 within ten updates where the
+        # backbone had no pretrained weights, and boxes were never learned.
+        nn.init.constant_(model.head.regression_head.bbox_reg.bias, FCOS_DISTANCE)  # type: ignore[union-attr, arg-type]
+    return model
+
+
+def _extra_levels(kind: Kind, out_channels: int) -> ExtraFPNBlock:
+    return LastLevelMaxPool() if kind.prefix else LastLevelP6P7(out_channels, out_channels)
+
+
+def _level_settings(kind: Kind, pyramid: PyramidBackbone) -> dict[str, Any]:
+    """Anchors, whose sizes follow the strides, and the levels that regions are pooled from."""
+    extra = 1 if kind.prefix else 2
+    strides = [*pyramid.strides, *(pyramid.strides[-1] * 2 ** (i + 1) for i in range(extra))]
+    ratios = ((.5, 1., 2.),) * len(strides)
+    if kind.make is FCOS:  # points rather than anchors, each as large as its stride
+        return dict(anchor_generator=AnchorGenerator(tuple((s,) for s in strides), ((1.,),) * len(strides)))
+    if kind.make is RetinaNet:  # three sizes per octave, from four times the stride on
+        sizes = tuple(tuple(int(4 * s * 2 ** (i / 3)) for i in range(3)) for s in strides)
+        return dict(anchor_generator=AnchorGenerator(sizes, ratios))
+    levels = [str(i) for i in range(len(pyramid.strides))]
+    settings: dict[str, Any] = dict(
+        rpn_anchor_generator=AnchorGenerator(tuple((8 * s,) for s in strides), ratios),
+        box_roi_pool=MultiScaleRoIAlign(levels, output_size=7, sampling_ratio=2))
+    if kind.make is MaskRCNN:
+        settings['mask_roi_pool'] = MultiScaleRoIAlign(levels, output_size=14, sampling_ratio=2)
+    return settings
