@@ -23,13 +23,13 @@ def create_parser() -> argparse.ArgumentParser:
         description='Train an image classifier; long-short models are registered with timm.',
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,  # an abbreviation would let a misspelt name through
-        parents=[_create_config_parser()],
+        parents=[create_config_parser()],
     )
     _add_data_args(parser.add_argument_group('data'))
     _add_model_args(parser.add_argument_group('model'))
-    _add_optimizer_args(parser.add_argument_group('optimiser and schedule'))
+    add_optimizer_args(parser.add_argument_group('optimiser and schedule'))
     _add_augmentation_args(parser.add_argument_group('augmentation and regularisation'))
-    _add_run_args(parser.add_argument_group('run'))
+    add_run_args(parser.add_argument_group('run'))
     return parser
 
 
@@ -42,8 +42,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     Returns:
         Checked arguments.
     """
-    config_args, remaining = _create_config_parser().parse_known_args(argv)
-    parser = create_parser()
+    args = parse_with_config(create_parser(), argv)
+    _check_args(args)
+    return args
+
+
+def parse_with_config(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the file that `--config` names, then the command line over it, for any script's parser."""
+    config_args, remaining = create_config_parser().parse_known_args(argv)
     if config_args.config:
         parser.set_defaults(**read_config(config_args.config, parser))
     args, unknown = parser.parse_known_args(remaining)
@@ -51,7 +57,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         options = [option for action in parser._actions for option in action.option_strings]
         raise UserError(f'unknown argument {unknown[0]}{_suggestion(unknown[0].split("=")[0], options)}')
     del args.config  # its values are in the other arguments now
-    _check_args(args)
     return args
 
 
@@ -80,7 +85,7 @@ def save_args(args: argparse.Namespace, path: Path) -> None:
     atomic_write(path, lambda file: file.write(text.encode()))
 
 
-def _create_config_parser() -> argparse.ArgumentParser:
+def create_config_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument('-c', '--config', default='', metavar='FILE', help='YAML file of default arguments')
     return parser
@@ -115,7 +120,7 @@ def _add_model_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument('--model-ema-warmup', action='store_true', help='raise the decay from 0 at the start')
 
 
-def _add_optimizer_args(group: argparse._ArgumentGroup) -> None:
+def add_optimizer_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument('--opt', default='sgd', help='timm optimiser name')
     group.add_argument('--opt-eps', type=float, help="epsilon; the optimiser's own if not set")
     group.add_argument('--opt-betas', type=float, nargs='+', help="betas; the optimiser's own if not set")
@@ -157,7 +162,7 @@ def _add_augmentation_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument('--smoothing', type=float, default=0.1, help='label smoothing')
 
 
-def _add_run_args(group: argparse._ArgumentGroup) -> None:
+def add_run_args(group: argparse._ArgumentGroup) -> None:
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     group.add_argument('--device', default=device, help='torch device')
     group.add_argument('--seed', type=int, default=42, help='random seed')
