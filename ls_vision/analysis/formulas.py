@@ -1,0 +1,106 @@
+"""Multiply-adds of layers in closed form, from their sizes alone; nothing here looks at what a layer computes.
+
+Shapes: B batch, H x W grid, N = H * W tokens, g global tokens, L = g + N, C channels, r rank, w window size,
+K = (w + 2p)^2 keys of a window and nH x nW windows that cover the grid, those over its edge counted whole.
+"""
+import math
+from collections.abc import Callable
+from typing import Any
+
+import timm.layers
+import torch
+from timm.models import swin_transformer
+from torch import nn
+
+from ls_vision.layers import FullAttention2d, LongShortAttention2d
+from ls_vision.layers.projection import LinearQKV
+from ls_vision.ops.geometry import key_margin, num_windows
+
+Macs = dict[str, int]
+"""Multiply-adds by part of the model, a key of `PARTS` each."""
+
+PARTS = ('convolution', 'linear', 'window', 'long-range', 'full attention')
+
+
+def convolution(layer: Any, args: tuple, out: torch.Tensor) -> Macs:
+    """k^2 C_in / groups for each output element."""
+    return {'convolution': out.numel() * math.prod(layer.kernel_size) * layer.in_channels // layer.groups}
+
+
+def linear(layer: Any, args: tuple, out: torch.Tensor) -> Macs:
+    """C_out for each input element."""
+    return {'linear': args[0].numel() * layer.out_features}
+
+
+def long_short_attention(layer: LongShortAttention2d, args: tuple, out: torch.Tensor) -> Macs:
+    """Of the attention proper, and of the map to queries, keys and values where it is one linear map.
+
+    Window: 2 nH nW w^2 K C. Long range: summaries 2 N r C, their and the global tokens' keys and values
+    2 nH nW w^2 (r + g) C, and the global tokens' own attention 2 g (g + N) C.
+    """
+    (B, L, C), feat_size = args[0].shape, args[1]
+    w, r, g = layer.window_size, layer.rank, layer.num_global_tokens
+    N = L - g
+    queries = N if w == 0 else math.prod(num_windows(feat_size, w)) * w ** 2
+    keys = 0 if w == 0 else (w + 2 * key_margin(w)) ** 2
+    return {
+        'window': 2 * B * queries * keys * C,
+        'long-range': 2 * B * C * (N * r + queries * (r + g) + g * (g + N)),
+        # a depthwise and a linear layer of their own make a convolutional projection
+        'linear': 3 * B * L * C * C if isinstance(layer.qkv, LinearQKV) else 0,
+    }
+
+
+def full_attention(layer: nn.Module, args: tuple, out: torch.Tensor) -> Macs:
+    """2 L^2 C."""
+    B, L, C = args[0].shape
+    return {'full attention': 2 * B * L ** 2 * C}
+
+
+def window_attention(layer: nn.Module, args: tuple, out: torch.Tensor) -> Macs:
+    """2 w^2 C for each token, of windows that the layer gets as a batch."""
+    B, L, C = args[0].shape
+    return {'window': 2 * B * L ** 2 * C}
+
+
+# A layer's formula is that of the first class here that it is an instance of.
+FORMULAS: dict[type, Callable[[Any, tuple, torch.Tensor], Macs]] = {
+    LongShortAttention2d: long_short_attention,
+    FullAttention2d: full_attention,
+    swin_transformer.WindowAttention: window_attention,
+    timm.layers.Attention: full_attention,
+    nn.Conv1d: convolution,
+    nn.Conv2d: convolution,
+    nn.Conv3d: convolution,
+    nn.Linear: linear,
+}
+
+
+def find_formula(layer: nn.Module) -> Any:
+    """The layer's formula, or None where it has none."""
+    return next((formula for kind, formula in FORMULAS.items() if isinstance(layer, kind)), None)
+
+
+def count_by_formula(model: nn.Module, images: torch.Tensor) -> Macs:
+    """Sum of the formulas of all layers that have one, at the sizes that they get in a forward pass.
+
+    Args:
+        model: In evaluation, on the device of the images; with both on the meta device nothing is computed.
+        images: (B, C, H, W).
+    """
+    total = dict.fromkeys(PARTS, 0)
+    handles = []
+
+    def add(layer: nn.Module, args: tuple, out: torch.Tensor) -> None:
+        for part, macs in find_formula(layer)(layer, args, out).items():
+            total[part] += macs
+
+    for module in model.modules():
+        if find_formula(module) is not None:
+            handles.append(module.register_forward_hook(add))
+    try:
+        model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return total

@@ -1,0 +1,37 @@
+"""The command `ls-vision`: which models there are, what they cost at which image size, and what they attend to."""
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Optional
+
+from ls_vision.analysis.commands import flops, models
+from ls_vision.training.errors import UserError
+
+# Each is a module with `add_arguments(parser)` and `run(args)`; its docstring is the help, with examples.
+COMMANDS = dict(models=models, flops=flops)
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Runs a subcommand; exits with 2 for wrong input and with 130 where it was interrupted."""
+    args = parse_args(argv)
+    try:
+        args.run(args)
+    except UserError as e:
+        print(f'error: {e}', file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print('Interrupted.', file=sys.stderr)
+        sys.exit(130)
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog='ls-vision', description=__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(title='commands', metavar='COMMAND', required=True)
+    for name, module in COMMANDS.items():
+        text = module.__doc__ or ''
+        subparser = commands.add_parser(
+            name, help=text.split('.')[0], description=text, formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False)
+        module.add_arguments(subparser)
+        subparser.set_defaults(run=module.run)
+    return parser.parse_args(argv)
