@@ -16,7 +16,8 @@ class DualLayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C)."""
-        weight, bias = self.weight, self.bias
+        weight: Tensor = self.weight
+        bias: Tensor = self.bias
         if torch.jit.is_scripting():
             return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
         if autocast_dtype(x) is not None:

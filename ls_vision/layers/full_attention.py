@@ -11,8 +11,10 @@ from timm.layers import trunc_normal_, use_fused_attn
 from timm.models import register_notrace_function
 from torch import Tensor, nn
 
+from ..ops.inference import is_eager_inference
 from ..ops.weights import attention_weights
 from .checks import check_heads, check_token_count
+from .linear import Linear
 from .position_bias import grid_bias, grid_bias_rows, resize_grid_bias
 from .projection import ConvQKV, LinearQKV
 
@@ -97,7 +99,7 @@ class FullAttention2d(nn.Module):
                 self.g2l_relative_position_bias = nn.Parameter(torch.empty(2, num_heads, g, **dd))
                 self.g2g_relative_position_bias = nn.Parameter(torch.empty(num_heads, g, g, **dd))
         self.attn_drop = nn.Dropout(attn_drop)
-        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj = Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
         self.reset_parameters()
 
@@ -127,7 +129,7 @@ class FullAttention2d(nn.Module):
     @torch.jit.unused
     def _position_bias_in_evaluation(self, feat_size: Tuple[int, int], dtype: torch.dtype) -> Optional[Tensor]:
         """`position_bias` in a dtype, made anew where weights, grid or dtype are not those of the call before."""
-        tables = list(self.parameters(recurse=False))
+        tables: List[Tensor] = list(self.parameters(recurse=False))
         if not tables or any(type(t) is not nn.Parameter or not _is_comparable(t) for t in tables):
             bias = self.position_bias(feat_size)
             return None if bias is None else bias.to(dtype)
@@ -157,7 +159,7 @@ class FullAttention2d(nn.Module):
         qkv = self.qkv(x, feat_size)  # (B, L, 3, C)
         qkv = qkv.reshape(B, L, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)  # (B, h, L, d)
-        if not torch.jit.is_scripting() and _may_keep(x):
+        if not torch.jit.is_scripting() and is_eager_inference(x):
             bias = self._position_bias_in_evaluation(feat_size, q.dtype)
         else:
             bias = self.position_bias(feat_size)
@@ -178,13 +180,6 @@ class FullAttention2d(nn.Module):
             f'dim={self.dim}, num_heads={self.num_heads}, feat_size={self.feat_size}, '
             f'num_global_tokens={self.num_global_tokens}'
         )
-
-
-@torch.jit.unused
-def _may_keep(x: Tensor) -> bool:
-    """Is this an eager call without gradients? A recorded program has to make the bias itself."""
-    recorded = type(x) is not Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return not recorded and not torch.is_grad_enabled()
 
 
 def _is_comparable(table: Tensor) -> bool:

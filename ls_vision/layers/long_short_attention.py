@@ -17,6 +17,7 @@ from ..ops.tiles import gather_tiles, merge_windows
 from ..ops.weights import attention_weights
 from .checks import check_choice, check_heads, check_token_count
 from .dual_norm import DualLayerNorm
+from .linear import Linear
 from .position_bias import WINDOW_BIASES, resize_window_bias, window_bias_index, window_bias_rows
 from .projection import ConvDynamicProjection, ConvQKV, LinearDynamicProjection, LinearQKV
 
@@ -120,7 +121,7 @@ class LongShortAttention2d(nn.Module):
             self.local_relative_position_bias_table = nn.Parameter(torch.empty(rows, num_heads, **dd))
         self._init_buffers()
         self.attn_drop = nn.Dropout(attn_drop)
-        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj = Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
         self.reset_parameters()
 

@@ -5,12 +5,14 @@ Shapes: B batch, H x W grid, N = H * W local tokens, g global tokens, L = g + N,
 from typing import List, Tuple
 
 import torch
-import torch.nn.functional as F
 from timm.layers import StdConv2d
 from torch import Tensor, nn
 
+from ..ops.linear import linear
+from .linear import Linear
 
-class LinearQKV(nn.Linear):
+
+class LinearQKV(Linear):
     """Queries, keys and values by one linear map."""
 
     def __init__(self, dim: int, bias: bool = True, device=None, dtype=None):
@@ -18,7 +20,7 @@ class LinearQKV(nn.Linear):
 
     def forward(self, x: Tensor, feat_size: Tuple[int, int]) -> Tensor:  # type: ignore[override]
         """(B, L, C) -> (B, L, 3, C)."""
-        x = F.linear(x, self.weight, self.bias)
+        x = linear(x, self.weight, self.bias)
         return x.reshape(x.shape[0], x.shape[1], 3, self.in_features)
 
     def apart(self, x: Tensor, feat_size: Tuple[int, int]) -> Tuple[Tensor, Tensor]:
@@ -26,9 +28,9 @@ class LinearQKV(nn.Linear):
         C = self.in_features
         bias = self.bias
         if bias is None:
-            q, kv = F.linear(x, self.weight[:C]), F.linear(x, self.weight[C:])
+            q, kv = linear(x, self.weight[:C], None), linear(x, self.weight[C:], None)
         else:
-            q, kv = F.linear(x, self.weight[:C], bias[:C]), F.linear(x, self.weight[C:], bias[C:])
+            q, kv = linear(x, self.weight[:C], bias[:C]), linear(x, self.weight[C:], bias[C:])
         return q, kv.reshape(x.shape[0], x.shape[1], 2, C)
 
 
@@ -42,7 +44,7 @@ class ConvQKV(nn.Module):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         self.conv = nn.ModuleList(_depthwise(nn.Conv2d, dim, norm=True, dd=dd) for _ in range(3))
-        self.proj = nn.ModuleList(nn.Linear(dim, dim, bias=bias, **dd) for _ in range(3))
+        self.proj = nn.ModuleList(Linear(dim, dim, bias=bias, **dd) for _ in range(3))
 
     def forward(self, x: Tensor, feat_size: Tuple[int, int]) -> Tensor:
         """(B, N, C) -> (B, N, 3, C)."""
@@ -58,7 +60,7 @@ class ConvQKV(nn.Module):
         return [proj(_to_tokens(conv(grid))) for conv, proj in zip(self.conv, self.proj)]
 
 
-class LinearDynamicProjection(nn.Linear):
+class LinearDynamicProjection(Linear):
     """The paper's dynamic projection P (equation 3): a softmax over all local tokens of a linear map of them."""
 
     def __init__(self, dim: int, num_heads: int, rank: int, device=None, dtype=None):
@@ -68,7 +70,7 @@ class LinearDynamicProjection(nn.Linear):
 
     def forward(self, x: Tensor, feat_size: Tuple[int, int]) -> Tensor:  # type: ignore[override]
         """(B, g + N, C), of which the last N make the grid -> (B, h, r, N), rows that sum to 1."""
-        scores = F.linear(x, self.weight, self.bias)  # of global tokens too: to leave them out would copy the others
+        scores = linear(x, self.weight, self.bias)  # of global tokens too: to leave them out would copy the others
         scores = scores[:, x.shape[1] - feat_size[0] * feat_size[1]:]
         return _normalize_scores(scores, self.num_heads, self.rank)
 
@@ -82,7 +84,7 @@ class ConvDynamicProjection(nn.Module):
         self.num_heads = num_heads
         self.rank = rank
         self.conv = _depthwise(StdConv2d, dim, norm=False, dd=dd)
-        self.proj = nn.Linear(dim, num_heads * rank, **dd)
+        self.proj = Linear(dim, num_heads * rank, **dd)
 
     def forward(self, x: Tensor, feat_size: Tuple[int, int]) -> Tensor:
         """(B, N, C) -> (B, h, r, N), rows that sum to 1."""
