@@ -12,6 +12,7 @@ from timm.models import register_notrace_function
 from torch import Tensor, nn
 
 from ..ops import long_short_attention
+from ..ops.precision import to_autocast
 from ..ops.summaries import summarize
 from ..ops.tiles import gather_tiles, merge_windows
 from ..ops.weights import attention_weights
@@ -21,13 +22,14 @@ from .linear import Linear
 from .position_bias import WINDOW_BIASES, resize_window_bias, window_bias_index, window_bias_rows
 from .projection import ConvDynamicProjection, ConvQKV, LinearDynamicProjection, LinearQKV
 
-# reason for all six: sizes or devices that are Proxies would decide control flow or go into arange
+# reason for all seven: sizes or devices that are Proxies would decide control flow or go into arange
 register_notrace_function(long_short_attention)
 register_notrace_function(gather_tiles)
 register_notrace_function(merge_windows)
 register_notrace_function(summarize)
 register_notrace_function(attention_weights)
 register_notrace_function(check_token_count)
+register_notrace_function(to_autocast)
 
 GLOBAL_ATTENTIONS = ('post', 'pre')
 
@@ -185,6 +187,8 @@ class LongShortAttention2d(nn.Module):
         H, W = feat_size
         g, h = self.num_global_tokens, self.num_heads
         check_token_count(L, g, feat_size)
+        if not torch.jit.is_scripting():
+            x = to_autocast(x)  # once: each linear map would keep a copy of its own
 
         q, kv = self.qkv.apart(x, feat_size)  # (B, L, C), (B, L, 2, C)
         kv = self.dual_ln_full(kv)

@@ -11,8 +11,8 @@ BACKENDS = ('reference', 'blocked', 'triton')
 Gradients = Tuple[Tensor, Tensor, Tensor, Optional[Tensor], Optional[Tensor], Optional[Tensor]]
 
 
-def choose_backend(name: str, query: Tensor) -> str:
-    """The backend of that name, by default the portable one: the Triton kernels have not run on a GPU yet.
+def choose_backend(name: str, query: Tensor, window_size: int) -> str:
+    """The backend of that name; by default Triton's kernels on a GPU that runs them, else the portable one.
 
     Raises:
         ValueError: The named backend can't run here.
@@ -21,6 +21,9 @@ def choose_backend(name: str, query: Tensor) -> str:
         raise ValueError(
             f"backend 'triton' can't run on {query.device.type} tensors of {query.dtype} here; it needs the triton "
             "package and CUDA tensors of 16 or 32 bits. Use 'blocked'.")
+    if not name and query.is_cuda and _has_triton(query):
+        from . import triton_backend
+        name = 'triton' if triton_backend.fits(query, window_size) else ''
     return name or 'blocked'
 
 

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .backends import BACKENDS, backward, choose_backend, forward
 from .geometry import num_windows
-from .precision import autocast_dtype
+from .precision import to_autocast
 from .reference import reference_attention
 from .tiles import gather_tiles, merge_windows
 
@@ -45,8 +45,8 @@ def long_short_attention(
         bias: (h, Q, K) added to the scaled logits of a window's keys, or None.
         scale: Factor on query . key; d ** -0.5 by default.
         dropout_p: Probability with which an attention weight is dropped; gathers all tiles where it is not 0.
-        backend: 'reference' (dense, slow), 'blocked' (portable) or 'triton' (CUDA, experimental); by default the
-            environment variable LS_VISION_BACKEND, else 'blocked'.
+        backend: 'reference' (dense, slow), 'blocked' (portable) or 'triton' (CUDA); by default the environment
+            variable LS_VISION_BACKEND, else 'triton' on GPUs that it runs on and 'blocked' elsewhere.
 
     Returns:
         (B, H, W, h, d), in the dtype of the query.
@@ -57,11 +57,11 @@ def long_short_attention(
     check_attention_args(query, key, value, window_size, additional_keys, additional_values, bias)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if not torch.jit.is_scripting():
-        query, key, value = _autocast(query), _autocast(key), _autocast(value)
+        query, key, value = to_autocast(query), to_autocast(key), to_autocast(value)
         if additional_keys is not None and additional_values is not None:
-            additional_keys, additional_values = _autocast(additional_keys), _autocast(additional_values)
+            additional_keys, additional_values = to_autocast(additional_keys), to_autocast(additional_values)
         check_backend(backend)
-        if _resolve(backend or '', query) == 'reference' and dropout_p == 0.:
+        if _resolve(backend or '', query, window_size) == 'reference' and dropout_p == 0.:
             return reference_attention(
                 query, key, value, window_size, additional_keys, additional_values, bias, scale)
     if window_size > 0 and dropout_p == 0.:
@@ -90,13 +90,13 @@ def _attention(
 ) -> Tuple[Tensor, Tensor]:
     """The output, and what the backward pass of the backend wants to know besides (of no elements, if nothing)."""
     return forward(
-        _resolve(backend, query), query, key, value, window_size, additional_keys, additional_values, bias, scale)
+        _resolve(backend, query, window_size), query, key, value, window_size, additional_keys, additional_values, bias, scale)
 
 
 @_attention.register_fake
 def _(query, key, value, window_size, additional_keys, additional_values, bias, scale, backend):
     B, H, W, h, _ = query.shape
-    statistics = (B, h, H, W) if _resolve(backend, query) == 'triton' else (0,)
+    statistics = (B, h, H, W) if _resolve(backend, query, window_size) == 'triton' else (0,)
     return query.new_empty(query.shape), query.new_empty(statistics, dtype=torch.float32)
 
 
@@ -117,7 +117,7 @@ def _attention_backward(
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, additional keys and values, bias; of no elements for what is not there."""
     grads = backward(
-        _resolve(backend, query), grad_out, query, key, value, window_size, additional_keys, additional_values, bias,
+        _resolve(backend, query, window_size), grad_out, query, key, value, window_size, additional_keys, additional_values, bias,
         scale, out, statistics)
     return tuple(query.new_empty(0) if g is None else g.contiguous() for g in grads)  # type: ignore[return-value]
 
@@ -177,14 +177,8 @@ def check_backend(backend: Optional[str]) -> None:
             raise ValueError(f'{source} is {name!r}, expected one of {", ".join(BACKENDS)}.')
 
 
-def _resolve(backend: str, query: Tensor) -> str:
-    return choose_backend(backend or os.environ.get(BACKEND_ENV, ''), query)
-
-
-def _autocast(x: Tensor) -> Tensor:
-    """The tensor in the precision of matrix products under autocast."""
-    dtype = autocast_dtype(x)
-    return x if dtype is None or x.dtype == torch.float64 else x.to(dtype)
+def _resolve(backend: str, query: Tensor, window_size: int) -> str:
+    return choose_backend(backend or os.environ.get(BACKEND_ENV, ''), query, window_size)
 
 
 def check_attention_args(

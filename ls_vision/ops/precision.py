@@ -14,6 +14,12 @@ def autocast_dtype(x: Tensor) -> Optional[torch.dtype]:
     return torch.get_autocast_dtype(device)
 
 
+def to_autocast(x: Tensor) -> Tensor:
+    """The tensor in the precision of matrix products where autocast is on; doubles stay as they are."""
+    dtype = autocast_dtype(x)
+    return x if dtype is None or x.dtype == torch.float64 else x.to(dtype)
+
+
 def without_autocast(x: Tensor) -> ContextManager:
     """A block in which operations on the tensor's device keep the precision of their inputs."""
     if autocast_dtype(x) is None:

@@ -93,6 +93,13 @@ _FLOAT32_BLOCKS: Dict[str, Dict[int, List[Blocks]]] = {
 _INTERPRETER_BLOCKS = Blocks(128, 256, 4, 1)
 
 
+def fits(query: Tensor, window_size: int) -> bool:
+    """Are a (B, H, W, h, d) query and a window of sizes that the kernels take, keys and values side by side or not?"""
+    _, _, W, h, d = query.shape
+    rows = max(tile_side(window_size) + 2 * key_margin(window_size), 64)
+    return d <= 128 and window_size <= _LARGEST_WINDOW and rows * 3 * W * h * d < 2 ** 31
+
+
 def is_available() -> bool:
     """Is Triton there, and something to run its kernels on: a GPU since Ampere, or its interpreter?"""
     if importlib.util.find_spec('triton') is None:
