@@ -3,17 +3,23 @@
 
     python train_imagenet.py --config configs/cifar10.yaml
     python train_imagenet.py --config configs/cifar10.yaml --epochs 2 --experiment short
+    torchrun --nproc_per_node 8 train_imagenet.py --config configs/vil_ls_medium_224.yaml --data-dir imagenet
+    torchrun --nnodes 8 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint host:29400 train_imagenet.py ...
 
 Arguments carry timm's names, in the YAML file and on the command line, which wins. One folder, `output/experiment`,
-takes everything that a run leaves: last.pth.tar and model_best.pth.tar, args.yaml, summary.csv (a row per epoch),
-learning_curve.png, predictions.png and attention.png.
+takes everything that a run leaves: last.pth.tar, the one before it and model_best.pth.tar, args.yaml, summary.csv (a
+row per epoch), metrics.jsonl (a line per logged update and epoch), learning_curve.png, predictions.png, attention.png.
+
+SIGTERM and Ctrl-C save and exit. `--experiment NAME --resume auto` starts a run or goes on with it; on a CPU the
+result equals that of an unbroken run to the last bit.
 """
 import argparse
+import contextlib
 import difflib
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,64 +30,99 @@ os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
 import timm
 import torch
 from timm.data import resolve_input_data_config
+from timm.layers import convert_sync_batchnorm
 from timm.models import resolve_model_input_args, safe_model_name
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import ClassificationTask
-from timm.utils import get_outdir, random_seed, trim_summary, update_summary
+from timm.utils import get_outdir, random_seed
 from torch import nn
 
 import ls_vision  # noqa: F401  (registers the models)
 from ls_vision.analysis import pictures
-from ls_vision.training.checkpoint import load_weights, save_checkpoint
-from ls_vision.training.config import parse_args, save_args
-from ls_vision.training.engine import evaluate, train_one_epoch
+from ls_vision.training.checkpoint import LAST, load_checkpoint, load_latest, load_weights, save_checkpoint
+from ls_vision.training.config import parse_args, resolve_lr, save_args
+from ls_vision.training.distributed import Processes, join_processes
+from ls_vision.training.engine import Stopped, evaluate, train_one_epoch
 from ls_vision.training.errors import UserError, first_line
-from ls_vision.training.loaders import Datasets, create_datasets, create_loaders, resolve_num_classes, uses_mixup
+from ls_vision.training.faults import FiniteGuard
+from ls_vision.training.loaders import (
+    Datasets,
+    TrainLoader,
+    create_datasets,
+    create_loaders,
+    measure_loader,
+    resolve_num_classes,
+    uses_mixup,
+)
 from ls_vision.training.logs import Stopwatch, say
+from ls_vision.training.metrics import MetricLog
+from ls_vision.training.randomness import make_deterministic
+from ls_vision.training.signals import StopRequest
 from ls_vision.training.state import TrainingState
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Train, evaluate and draw; returns the final figures and the output folder."""
     try:
-        return run(parse_args(argv))
+        args = parse_args(argv)
+        with processes_for(args) as processes:
+            return run(args, processes)
     except UserError as e:
         sys.exit(f'error: {e}')
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+@contextlib.contextmanager
+def processes_for(args: argparse.Namespace) -> Iterator[Processes]:
+    """The processes of the run, seeded."""
+    if args.deterministic:
+        make_deterministic()
+    processes = join_processes(args.device)
+    try:
+        random_seed(args.seed, processes.rank)
+        yield processes
+    finally:
+        processes.close()
+
+
+def run(args: argparse.Namespace, processes: Processes) -> dict[str, Any]:
     """The whole job for checked arguments."""
     watch = Stopwatch()
-    random_seed(args.seed)
+    args.lr = resolve_lr(args, processes.world_size)
     datasets = create_datasets(args)
     num_classes = resolve_num_classes(args, datasets)
-    model = build_model(args, num_classes)
+    model = build_model(args, num_classes, processes)
     data_config = resolve_input_data_config(model, args=vars(args))
-    train_loader, val_loader = create_loaders(args, datasets, data_config, num_classes)
-    state = build_state(args, model, updates_per_epoch=len(train_loader))
-    output = create_output_folder(args, data_config)
+    train_loader, val_loader = create_loaders(args, datasets, data_config, num_classes, processes)
+    if args.dry_run_loader:
+        return {name: measure_loader(name, loader, batch_size) for name, loader, batch_size in (
+            ('training', train_loader.read(epoch=0), args.batch_size),
+            ('evaluation', val_loader, args.validation_batch_size or args.batch_size))}
 
     parameters = sum(p.numel() for p in model.parameters())
     say(f'{args.model}: {parameters / 1e6:.2f} M parameters, {num_classes} classes, input {data_config["input_size"]}')
+    updates_per_epoch = -(-len(train_loader) // args.grad_accum_steps)
+    state = build_state(args, model, updates_per_epoch, processes)
+    output = output_folder(args, data_config)
+    resume(args, state, train_loader.dataset, output)
     say(f'{len(datasets.train):,} training and {len(datasets.val):,} test images; writing to {output}')
+    images_at_once = args.batch_size * args.grad_accum_steps * processes.world_size
+    say(f'Updates of {images_at_once} images, peak learning rate {args.lr:g}')
     if not pictures.is_available():
         say(f'No pictures will be drawn: {pictures.INSTALL_HINT}')
-    last = train(args, state, train_loader, val_loader, output, watch)
+    run_to_the_end(args, state, train_loader, val_loader, output, watch)
 
-    # Read back what was written: the figures printed are those of the file that the run leaves.
-    with watch.measure('evaluation'):
-        load_weights(state.eval_model, last)
-        result = evaluate(state.task, val_loader)
-    if pictures.is_available():
+    result = state.progress.metrics
+    if pictures.is_available() and processes.is_primary:
         with watch.measure('pictures'):
             draw_pictures(args, state.eval_model, datasets, data_config, output)
-    say(f'Test: top-1 {result["top1"]:.2f} %, top-5 {result["top5"]:.2f} % on {result["images"]:,} images ({last})')
+    say(f'Test: top-1 {result["top1"]:.2f} %, top-5 {result["top5"]:.2f} % on {result["images"]:,} images '
+        f'({output / LAST})')
     say(f'Finished in {watch}. Everything is in {output}')
     return {**result, 'output': output}
 
 
-def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
+def build_model(args: argparse.Namespace, num_classes: int, processes: Processes) -> nn.Module:
     """Create the model and load the weights it starts from."""
     if not timm.is_model(args.model.split('.')[0]) and ':' not in args.model:
         close = difflib.get_close_matches(args.model, timm.list_models(), n=3)
@@ -97,26 +138,31 @@ def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
             **args.model_kwargs,
         )
         model = timm.create_model(pretrained=args.pretrained, **model_args)
-    except (TypeError, ValueError, RuntimeError) as e:
+        if args.grad_checkpointing:
+            model.set_grad_checkpointing(enable=True)  # type: ignore[operator]
+    except (TypeError, ValueError, RuntimeError, AssertionError) as e:
         raise UserError(f'model {args.model} cannot be built with {args.model_kwargs}: {first_line(e)}') from e
     if args.initial_checkpoint:
         load_weights(model, args.initial_checkpoint)
-    model.to(args.device)
+    model.to(processes.device)
     if args.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return model
+    return convert_sync_batchnorm(model) if args.sync_bn and processes.world_size > 1 else model
 
 
-def build_state(args: argparse.Namespace, model: nn.Module, updates_per_epoch: int) -> TrainingState:
+def build_state(
+        args: argparse.Namespace,
+        model: nn.Module,
+        updates_per_epoch: int,
+        processes: Processes,
+) -> TrainingState:
     """Criterion, averaged weights if asked for, optimiser and schedule for a model."""
     task = ClassificationTask(
         model,
         criterion_kwargs=dict(smoothing=args.smoothing, soft_targets=uses_mixup(args)),
-        device=torch.device(args.device),
+        device=processes.device,
         verbose=False,
     )
-    if args.model_ema:
-        task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
     try:
         optimizer = create_optimizer_v2(model, **optimizer_kwargs(args))
     except (TypeError, ValueError) as e:
@@ -126,53 +172,149 @@ def build_state(args: argparse.Namespace, model: nn.Module, updates_per_epoch: i
             optimizer, **scheduler_kwargs(args), updates_per_epoch=updates_per_epoch)
     except (TypeError, ValueError, AssertionError) as e:
         raise UserError(f'--sched {args.sched}: {first_line(e)}') from e
-    return TrainingState(task, optimizer, scheduler, num_epochs)
+    if args.model_ema:
+        task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
+    if args.torchcompile:
+        task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
+    if processes.world_size > 1:
+        task.prepare_distributed(device_ids=processes.device_ids)
+    scaler = torch.amp.GradScaler(processes.device.type, enabled=args.amp and args.amp_dtype == 'float16')
+    guard = FiniteGuard(args.max_nonfinite, f'try a lower --lr than {args.lr:g}, or --clip-grad 1')
+    return TrainingState(task, optimizer, scheduler, scaler, guard, processes, num_epochs)
 
 
-def create_output_folder(args: argparse.Namespace, data_config: dict[str, Any]) -> Path:
-    """Make the run's folder, with its arguments in it and without the rows of an earlier run."""
+def output_folder(args: argparse.Namespace, data_config: dict[str, Any]) -> Path:
+    """The run's folder."""
     name = args.experiment or '-'.join(
         [time.strftime('%Y%m%d-%H%M%S'), safe_model_name(args.model), str(data_config['input_size'][-1])])
+    return Path(args.output or 'output/train') / name
+
+
+def resume(args: argparse.Namespace, state: TrainingState, dataset: Any, output: Path) -> None:
+    """Go back to the checkpoint that --resume names, if it does."""
+    if not args.resume:
+        return
+    checkpoint = load_latest(output, say) if args.resume == 'auto' else load_checkpoint(args.resume)
+    if checkpoint is None:
+        say(f'{output} holds no checkpoint yet: the run starts anew')
+        return
+    path = str(output / LAST) if args.resume == 'auto' else args.resume
+    unreadable = state.load(checkpoint, args, path)
+    if len(unreadable):
+        dataset.mark_unreadable(unreadable)
+    changed = [
+        f'{name} {old!r} -> {getattr(args, name)!r}' for name, old in checkpoint['args'].items()
+        if name != 'resume' and getattr(args, name, old) != old]
+    progress = state.progress
+    say(f'Going on from {path}: epoch {progress.epoch + 1}, batch {progress.batch}, update {progress.num_updates}'
+        + (f'; other arguments than before: {", ".join(changed)}' if changed else ''))
+
+
+def run_to_the_end(
+        args: argparse.Namespace,
+        state: TrainingState,
+        train_loader: TrainLoader,
+        val_loader: Any,
+        output: Path,
+        watch: Stopwatch,
+) -> None:
+    """Train until all epochs are done, or until a signal says to stop: then save and exit."""
+    log = None
+    if state.processes.is_primary:
+        try:
+            get_outdir(str(output))
+            save_args(args, output / 'args.yaml')
+        except OSError as e:
+            raise UserError(f'--output {args.output}: cannot be written: {e}') from e
+        log = MetricLog(
+            output, state.progress.epoch, state.progress.num_updates, args.log_tensorboard,
+            dict(project=args.wandb_project, name=output.name, config=vars(args)) if args.log_wandb else None)
+    save = Saver(args, state, train_loader.dataset, output)
     try:
-        output = Path(get_outdir(args.output or 'output/train', name))
-        save_args(args, output / 'args.yaml')
-        trim_summary(output / 'summary.csv', start_epoch=0)
-    except OSError as e:
-        raise UserError(f'--output {args.output}: cannot be written: {e}') from e
-    return output
+        with StopRequest() as stop:
+            train(args, state, train_loader, val_loader, log, save, stop, watch)
+    except Stopped as e:
+        save()
+        say(f'Stopped by signal {e.signal_number} after update {state.progress.num_updates}, which is in '
+            f'{output / LAST}; go on with --resume auto')
+        sys.exit(128 + e.signal_number)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        if log is not None:
+            log.close()
+
+
+class Saver:
+    """Writes the checkpoint of a run; every process calls it, the first one writes."""
+
+    def __init__(self, args: argparse.Namespace, state: TrainingState, dataset: Any, output: Path):
+        self.args, self.state, self.dataset, self.output = args, state, dataset, output
+
+    def __call__(self, is_best: bool = False) -> None:
+        content = self.state.checkpoint(self.args, self.unreadable())
+        if self.state.processes.is_primary:
+            save_checkpoint(self.output, content, is_best)
+
+    def unreadable(self) -> torch.Tensor:
+        """Indices of the training images that could not be read, by any process."""
+        mine = getattr(self.dataset, 'unreadable', torch.zeros(0))
+        return self.state.processes.sum(mine.long()).nonzero().flatten()
 
 
 def train(
         args: argparse.Namespace,
         state: TrainingState,
-        train_loader: Any,
+        train_loader: TrainLoader,
         val_loader: Any,
-        output: Path,
+        log: MetricLog | None,
+        save: Saver,
+        stop: StopRequest,
         watch: Stopwatch,
-) -> Path:
-    """Train for all epochs, evaluating and saving after each; returns the last checkpoint's path."""
-    last = None
-    try:
-        for epoch in range(state.num_epochs):
-            state.epoch = epoch
-            if args.mixup_off_epoch and state.epoch >= args.mixup_off_epoch:
-                train_loader.mixup_enabled = False
-            title = f'epoch {state.epoch + 1}/{state.num_epochs}'
-            train_loss = train_one_epoch(state, train_loader, args, title, watch)
-            with watch.measure('evaluation'):
-                metrics = evaluate(state.task, val_loader)
-            update_summary(state.epoch, dict(loss=train_loss), metrics, output / 'summary.csv', lr=state.lr)
-            if state.scheduler is not None:
-                state.scheduler.step(state.epoch + 1, metrics['top1'])
-            is_best = metrics['top1'] > state.best_top1
-            state.best_top1 = max(state.best_top1, metrics['top1'])
-            last = save_checkpoint(output, state.checkpoint(args, metrics), is_best)
-            say(f'{title}: train loss {train_loss:.4f}, test loss {metrics["loss"]:.4f}, top-1 {metrics["top1"]:.2f} %')
-    except KeyboardInterrupt:
-        say(f'Interrupted. {f"The last complete epoch is in {last}" if last else "No epoch was complete."}')
-        sys.exit(130)
-    assert last is not None  # there is at least one epoch
-    return last
+) -> None:
+    """Train the epochs that are left, evaluating, logging and saving after each."""
+    progress = state.progress
+
+    def after_update(loss: float) -> None:
+        if log is not None and progress.num_updates % args.log_interval == 0:
+            log.log_step(progress.epoch, progress.num_updates, loss=loss, lr=state.lr)
+        if args.recovery_interval and progress.num_updates % args.recovery_interval == 0:
+            save()
+
+    while progress.epoch < state.num_epochs:
+        title = f'epoch {progress.epoch + 1}/{state.num_epochs}'
+        train_one_epoch(state, train_loader, args, title, watch, stop, after_update)
+        with watch.measure('evaluation'):
+            metrics = evaluate(state, val_loader, args, stop)
+        figures = dict(loss=state.mean_loss(), skipped=state.guard.skipped, unreadable=len(save.unreadable()))
+        end_epoch(state, figures, metrics, log)
+        save(is_best=metrics['top1'] == progress.best_top1)
+        say(f'{title}: train loss {figures["loss"]:.4f}, test loss {metrics["loss"]:.4f}, top-1 {metrics["top1"]:.2f} %'
+            + ''.join(f', {text}' for text, count in (
+                (f'{figures["skipped"]} steps skipped', figures['skipped']),
+                (f'{figures["unreadable"]} training images unreadable', figures['unreadable']),
+                (f'{metrics["unreadable"]} test images unreadable, counted as wrong', metrics['unreadable'])) if count))
+
+
+def end_epoch(
+        state: TrainingState,
+        figures: dict[str, float],
+        metrics: dict[str, float],
+        log: MetricLog | None,
+) -> None:
+    """Log an epoch's figures and move on to the next."""
+    progress = state.progress
+    if log is not None:
+        log.log_epoch(
+            progress.epoch, progress.num_updates, **{f'train_{name}': value for name, value in figures.items()},
+            **{f'eval_{name}': value for name, value in metrics.items()}, lr=state.lr)
+    if state.scheduler is not None:
+        state.scheduler.step(progress.epoch + 1, metrics['top1'])
+    progress.metrics = metrics
+    progress.best_top1 = max(progress.best_top1, metrics['top1'])
+    progress.epoch += 1
+    progress.batch = 0
+    state.loss_sum, state.num_images = 0., 0
 
 
 def draw_pictures(

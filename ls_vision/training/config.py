@@ -79,6 +79,16 @@ def read_config(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
     return config
 
 
+def resolve_lr(args: argparse.Namespace, world_size: int) -> float:
+    """The peak learning rate: --lr, or --lr-base scaled to the images of an update, by timm's rule."""
+    if args.lr is not None:
+        return args.lr
+    ratio = args.batch_size * args.grad_accum_steps * world_size / args.lr_base_size
+    adaptive = any(name in args.opt.lower() for name in ('ada', 'lamb'))
+    scale = args.lr_base_scale or ('sqrt' if adaptive else 'linear')
+    return args.lr_base * (ratio ** 0.5 if scale == 'sqrt' else ratio)
+
+
 def save_args(args: argparse.Namespace, path: Path) -> None:
     """Write the arguments as a file that `--config` reads back."""
     text = yaml.safe_dump(vars(args), sort_keys=False, allow_unicode=True)
@@ -96,9 +106,17 @@ def _add_data_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument('--dataset', default='', help='timm dataset name, e.g. hfds/...; empty reads a folder or tar')
     group.add_argument('--train-split', default='train', help='name of the training split')
     group.add_argument('--val-split', default='validation', help='name of the evaluation split')
-    group.add_argument('-b', '--batch-size', type=int, default=128, help='training batch')
+    group.add_argument('--class-map', default='', metavar='FILE', help='class names in order, where not as sorted')
+    group.add_argument('--dataset-download', action='store_true', help='let torchvision or the hub fetch the dataset')
+    group.add_argument('--train-num-samples', type=int, metavar='N', help='training images, where shards do not tell')
+    group.add_argument('--val-num-samples', type=int, metavar='N', help='evaluation images, likewise')
+    group.add_argument('--input-key', metavar='KEY', help="name of the images, where not the dataset's usual one")
+    group.add_argument('--target-key', metavar='KEY', help="name of the labels, where not the dataset's usual one")
+    group.add_argument('-b', '--batch-size', type=int, default=128, help='training batch of one process')
     group.add_argument('-vb', '--validation-batch-size', type=int, help='evaluation batch; as in training if not set')
     group.add_argument('-j', '--workers', type=int, default=4, help='loader processes; 0 loads in the main process')
+    group.add_argument('--max-unreadable', type=float, default=.01, metavar='SHARE',
+                       help='share of unreadable training images that ends the run')
     group.add_argument('--img-size', type=int, help="image size; the model's own if not set")
     group.add_argument('--crop-pct', type=float, help='evaluation crop / resize ratio')
     group.add_argument('--mean', type=float, nargs='+', help='pixel mean')
@@ -115,6 +133,12 @@ def _add_model_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument('--drop', type=float, default=0., help='classifier dropout rate')
     group.add_argument('--drop-path', type=float, help='stochastic depth rate')
     group.add_argument('--channels-last', action='store_true', help='channels-last memory layout')
+    group.add_argument('--grad-checkpointing', action='store_true', help='recompute activations, to save memory')
+    group.add_argument('--sync-bn', action='store_true', help='batch norms over all processes')
+    group.add_argument('--torchcompile', nargs='?', const='inductor', metavar='BACKEND', help='compile the model')
+    group.add_argument('--torchcompile-mode', metavar='MODE', help="mode of torch.compile, e.g. 'max-autotune'")
+    group.add_argument('--amp', action='store_true', help='automatic mixed precision')
+    group.add_argument('--amp-dtype', default='float16', choices=('float16', 'bfloat16'), help='its lower precision')
     group.add_argument('--model-ema', action='store_true', help='average the weights, evaluate the average')
     group.add_argument('--model-ema-decay', type=float, default=0.9998, help='decay of the average')
     group.add_argument('--model-ema-warmup', action='store_true', help='raise the decay from 0 at the start')
@@ -129,7 +153,12 @@ def add_optimizer_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument('--layer-decay', type=float, help='layer-wise learning-rate decay')
     group.add_argument('--clip-grad', type=float, help='gradient clipping; none if not set')
     group.add_argument('--clip-mode', default='norm', choices=('norm', 'value', 'agc'), help='kind of clipping')
-    group.add_argument('--lr', type=float, help='peak learning rate')
+    group.add_argument('--grad-accum-steps', type=int, default=1, metavar='N', help='batches that make an update')
+    group.add_argument('--lr', type=float, help='peak learning rate; follows from --lr-base if not set')
+    group.add_argument('--lr-base', type=float, help='peak learning rate at a batch of --lr-base-size')
+    group.add_argument('--lr-base-size', type=int, default=256, help='global batch that --lr-base is meant for')
+    group.add_argument('--lr-base-scale', default='', choices=('', 'linear', 'sqrt'),
+                       help='how the rate grows with the batch; sqrt for adaptive optimisers, else linear if not set')
     group.add_argument('--sched', default='cosine', help='timm schedule name')
     group.add_argument('--sched-on-updates', action='store_true', help='step the schedule per update, not per epoch')
     group.add_argument('--epochs', type=int, default=300, help='epochs')
@@ -159,6 +188,7 @@ def _add_augmentation_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument('--mixup-switch-prob', type=float, default=0.5, help='probability of CutMix where both are on')
     group.add_argument('--mixup-mode', default='batch', choices=('batch', 'pair', 'elem'), help='what shares a mix')
     group.add_argument('--mixup-off-epoch', type=int, default=0, help='epoch that ends mixup; 0 never does')
+    group.add_argument('--aug-repeats', type=float, default=0, help='augmented versions of an image in an epoch')
     group.add_argument('--smoothing', type=float, default=0.1, help='label smoothing')
 
 
@@ -166,6 +196,17 @@ def add_run_args(group: argparse._ArgumentGroup) -> None:
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     group.add_argument('--device', default=device, help='torch device')
     group.add_argument('--seed', type=int, default=42, help='random seed')
+    group.add_argument('--deterministic', action='store_true', help='only algorithms that give the same bits each time')
+    group.add_argument('--resume', default='', metavar='PATH',
+                       help="go on from this checkpoint; 'auto': from the last one of --experiment, if any")
+    group.add_argument('--recovery-interval', type=int, default=0, metavar='N',
+                       help='updates between checkpoints within an epoch; 0: none but at its end')
+    group.add_argument('--max-nonfinite', type=int, default=10, metavar='K',
+                       help='so many losses that are not finite in a row end the run')
+    group.add_argument('--dry-run-loader', action='store_true', help='print the images/s of the loaders, do not train')
+    group.add_argument('--log-tensorboard', action='store_true', help='write TensorBoard events')
+    group.add_argument('--log-wandb', action='store_true', help='send figures to Weights & Biases')
+    group.add_argument('--wandb-project', default='ls_vision', metavar='NAME', help='project there')
     group.add_argument('--log-interval', type=int, default=50, help='updates between lines where there is no terminal')
     group.add_argument('--output', default='', metavar='DIR', help='folder of runs; output/train if not set')
     group.add_argument('--experiment', default='', metavar='NAME', help='folder of this run; time and model if not set')
@@ -175,16 +216,20 @@ def _check_args(args: argparse.Namespace) -> None:
     """Refuse what would only fail, or mislead, after work has been done."""
     if not args.data_dir and not args.dataset:
         raise UserError('no data: pass --data-dir (a folder with one sub-folder per split)')
-    if args.lr is None:
-        raise UserError('no learning rate: pass --lr')
-    for name in ('batch_size', 'epochs', 'log_interval', 'validation_batch_size', 'num_classes', 'img_size'):
+    if args.lr is None and args.lr_base is None:
+        raise UserError('no learning rate: pass --lr, or --lr-base and --lr-base-size')
+    for name in ('batch_size', 'epochs', 'log_interval', 'validation_batch_size', 'num_classes', 'img_size',
+                 'grad_accum_steps', 'lr_base_size', 'max_nonfinite', 'train_num_samples', 'val_num_samples'):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f'--{name.replace("_", "-")} {value}: must be 1 or more')
-    for name in ('workers', 'lr', 'weight_decay', 'warmup_epochs', 'cooldown_epochs', 'clip_grad'):
+    for name in ('workers', 'lr', 'lr_base', 'weight_decay', 'warmup_epochs', 'cooldown_epochs', 'clip_grad',
+                 'aug_repeats', 'recovery_interval', 'max_unreadable'):
         value = getattr(args, name)
         if value is not None and not value >= 0:  # also refuses nan
             raise UserError(f'--{name.replace("_", "-")} {value}: must be 0 or more')
+    if args.resume == 'auto' and not args.experiment:
+        raise UserError('--resume auto: pass the --experiment whose last checkpoint is meant')
     if args.pretrained and args.initial_checkpoint:
         raise UserError(f'--pretrained and --initial-checkpoint {args.initial_checkpoint}: choose one')
     try:

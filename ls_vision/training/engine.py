@@ -1,89 +1,160 @@
 """One pass over the data: training and evaluation."""
 import argparse
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
-from timm.task import TrainingTask
 from timm.utils import dispatch_clip_grad
 from torch import Tensor
 
+from ..evaluation.predictions import accuracy, predict
 from .errors import UserError
+from .faults import gradients_are_finite
+from .loaders import TrainLoader
 from .logs import Progress, Stopwatch
+from .signals import StopRequest
 from .state import TrainingState
+
+Batch = tuple[Tensor, Tensor]
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop; the state is that after a whole update."""
+
+    def __init__(self, signal_number: int):
+        super().__init__(signal_number)
+        self.signal_number = signal_number
 
 
 def train_one_epoch(
         state: TrainingState,
-        loader: Any,
+        loader: TrainLoader,
         args: argparse.Namespace,
         title: str,
         watch: Stopwatch,
-) -> float:
-    """Train on every batch once.
+        stop: StopRequest,
+        after_update: Callable[[float], None],
+) -> None:
+    """Train on the batches of the epoch that are left.
 
     Args:
         state: What is trained.
-        loader: Training batches, already on the device.
+        loader: Training batches.
         args: The run's arguments.
         title: What the progress display calls this pass.
         watch: Takes the seconds of training and of waiting for data.
+        stop: Asked after each update.
+        after_update: Called with the loss after each, e.g. to log and to save.
 
-    Returns:
-        Mean training loss.
+    Raises:
+        Stopped: As `stop` says.
+        UserError: Too many losses in a row were not finite, or too many images cannot be read.
     """
+    progress = state.progress
     state.task.train()
-    total_loss, num_images = 0., 0
-    batches = iter(loader)
-    with Progress(title, len(loader), args.log_interval) as progress:
-        for _ in range(len(loader)):
+    batches = loader.read(progress.epoch, progress.batch)
+    with Progress(title, len(loader), args.log_interval, done=progress.batch) as display:
+        while progress.batch < len(loader):
             with watch.measure('waiting for data'):
-                images, targets = next(batches)
+                group = list(islice(batches, min(args.grad_accum_steps, len(loader) - progress.batch)))
+            if not group:
+                break  # a stream that held fewer images than it was said to
             with watch.measure('training'):
-                loss = train_step(state, images, targets, args)
-            if not math.isfinite(loss):
-                raise UserError(
-                    f'loss {loss} at update {state.num_updates} ({title}): nothing was saved after the last complete '
-                    f'epoch; try a lower --lr than {args.lr:g}, or --clip-grad 1')
-            total_loss += loss * len(images)
-            num_images += len(images)
-            progress.update(loss=total_loss / num_images, lr=state.lr)
-    return total_loss / num_images
+                loss, signal_number = update(state, group, args, title, stop.signal_number)
+            progress.batch += len(group)
+            _check_unreadable(state, loader.dataset, args)
+            for _ in group:
+                display.update(loss=state.loss_sum / max(1, state.num_images), lr=state.lr)
+            after_update(loss)
+            if signal_number:
+                raise Stopped(signal_number)
 
 
-def train_step(state: TrainingState, images: Tensor, targets: Tensor, args: argparse.Namespace) -> float:
-    """One update of the weights, of their average and of the learning rate; returns the loss."""
-    task = state.task
-    if args.channels_last:
-        images = images.contiguous(memory_format=torch.channels_last)
-    loss = task(images, targets)['loss']
-    state.optimizer.zero_grad()
-    loss.backward()
-    if args.clip_grad is not None:
-        parameters = task.get_clip_parameters(exclude_head='agc' in args.clip_mode)
-        dispatch_clip_grad(parameters, value=args.clip_grad, mode=args.clip_mode)
-    state.optimizer.step()
-
-    state.num_updates += 1
-    task.update_ema(step=state.num_updates)
-    if state.scheduler is not None:
-        state.scheduler.step_update(num_updates=state.num_updates)
-    return loss.item()
-
-
-@torch.inference_mode()
-def evaluate(task: TrainingTask, loader: Any, title: str = 'test') -> dict[str, float]:
-    """Loss and accuracy of the averaged weights, or of the model where there is no average.
+def update(
+        state: TrainingState,
+        batches: list[Batch],
+        args: argparse.Namespace,
+        title: str,
+        signal_number: int = 0,
+) -> tuple[float, int]:
+    """One update of the weights, of their average and of the learning rate, from one or several batches.
 
     Returns:
-        `loss`, `top1` and `top5` in percent, and `images`, the number they were taken over.
+        Mean loss of the batches in this process, and the largest signal number of all processes.
     """
-    task.eval()
-    model = task.get_eval_model(ema=task.has_ema())
-    assert model is not None
-    evaluator = task.create_evaluator()
-    with Progress(title, len(loader)) as progress:
-        for images, targets in loader:
-            evaluator.update(model(images), targets)
-            progress.update(top1=evaluator.summary()['top1'])
-    return {**evaluator.compute(), 'images': int(evaluator.counts[0])}
+    task, progress = state.task, state.progress
+    loss = _accumulate_gradients(state, batches, args)
+    state.scaler.unscale_(state.optimizer)
+    # With a scaler, gradients that overflow are its business: it leaves out the step and lowers the scale.
+    finite = math.isfinite(loss) and (state.scaler.is_enabled() or gradients_are_finite(task.get_clip_parameters()))
+    not_finite, signal_number = map(int, state.processes.max(not finite, signal_number))
+    if state.guard.accept(loss, not not_finite, f'update {progress.num_updates + 1} ({title})'):
+        if args.clip_grad is not None:
+            parameters = task.get_clip_parameters(exclude_head='agc' in args.clip_mode)
+            dispatch_clip_grad(parameters, value=args.clip_grad, mode=args.clip_mode)
+        state.scaler.step(state.optimizer)
+        task.update_ema(step=progress.num_updates + 1)
+        num_images = sum(len(images) for images, _ in batches)
+        state.loss_sum += loss * num_images
+        state.num_images += num_images
+    state.scaler.update()
+    state.optimizer.zero_grad()
+    progress.num_updates += 1
+    if state.scheduler is not None:
+        state.scheduler.step_update(num_updates=progress.num_updates)
+    return loss, signal_number
+
+
+def autocast(args: argparse.Namespace, device: torch.device) -> AbstractContextManager[Any]:
+    """The context of a forward pass: mixed precision if asked for."""
+    return torch.autocast(device.type, getattr(torch, args.amp_dtype)) if args.amp else nullcontext()
+
+
+def evaluate(
+        state: TrainingState,
+        loader: Any,
+        args: argparse.Namespace,
+        stop: StopRequest | None = None,
+        title: str = 'test',
+) -> dict[str, float]:
+    """Figures of the averaged weights, or of the model where there is no average; see `accuracy`.
+
+    Raises:
+        Stopped: As `stop` says.
+    """
+    def check() -> None:
+        if stop is not None and stop.signal_number:
+            raise Stopped(stop.signal_number)
+
+    state.task.eval()
+    state.processes.share_buffers(state.task.get_trainable_module(), state.task.get_trainable_module(ema=True))
+    alone = state.processes.world_size == 1  # others would wait for a process that leaves in the middle
+    return accuracy(predict(
+        state.eval_model, loader, state.processes, title=title,
+        autocast=partial(autocast, args, state.processes.device), after_batch=check if alone else lambda: None))
+
+
+def _accumulate_gradients(state: TrainingState, batches: list[Batch], args: argparse.Namespace) -> float:
+    """Gradients of the mean loss of the batches, and that loss; processes talk once, at the last batch."""
+    losses = []
+    for i, (images, targets) in enumerate(batches):
+        if args.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with state.task.no_sync() if i + 1 < len(batches) else nullcontext():
+            with autocast(args, state.processes.device):
+                loss = state.task(images, targets)['loss']
+            state.scaler.scale(loss / len(batches)).backward()
+        losses.append(loss.detach())
+    return torch.stack(losses).mean().item()
+
+
+def _check_unreadable(state: TrainingState, dataset: Any, args: argparse.Namespace) -> None:
+    found = getattr(dataset, 'num_unreadable', 0)
+    if found > args.max_unreadable * len(dataset):
+        raise UserError(
+            f'{found} of {len(dataset)} training images cannot be read, more than --max-unreadable '
+            f'{args.max_unreadable:g} of them; e.g. {dataset.filename(int(dataset.unreadable.argmax()))}')

@@ -1,13 +1,23 @@
 """From arguments to timm's datasets and loaders, with the checks that timm leaves out."""
 import argparse
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import FastCollateMixup, create_dataset, create_loader
+from timm.data import FastCollateMixup, ImageDataset, create_dataset, create_loader
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
 
+from ..data.images import StrictImageDataset
+from .distributed import Processes
 from .errors import UserError, first_line
+from .logs import say
+from .randomness import derive_seed
+from .sampling import ResumableBatchSampler, ShardedBatchSampler, create_resumable_loader, ignore_signals
 
 # The names under which timm looks for a split's folder.
 SPLIT_FOLDERS = {
@@ -18,7 +28,7 @@ SPLIT_FOLDERS = {
 
 @dataclass
 class Datasets:
-    """The two splits and, where the reader tells, their class names by index."""
+    """The two splits, which count images that cannot be read, and, where the reader tells, their class names by index."""
 
     train: Any
     val: Any
@@ -29,7 +39,7 @@ def create_datasets(args: argparse.Namespace) -> Datasets:
     """Open both splits and check that they hold images of the same classes."""
     if args.dataset:
         train, val = _open(args, args.train_split), _open(args, args.val_split)
-        return Datasets(train, val, _class_names(train))
+        return Datasets(_strict(train, replace=True), _strict(val, replace=False), _class_names(train))
 
     train_dir, val_dir = (find_split(args.data_dir, split) for split in (args.train_split, args.val_split))
     train = _open(args, args.train_split, train_dir)
@@ -42,7 +52,7 @@ def create_datasets(args: argparse.Namespace) -> Datasets:
             'class folders')
     # Each folder alone would number its classes from 0, wrongly where the evaluation split lacks one.
     val = _open(args, args.val_split, val_dir, class_map=classes)
-    return Datasets(train, val, _class_names(train))
+    return Datasets(_strict(train, replace=True), _strict(val, replace=False), _class_names(train))
 
 
 def find_split(data_dir: str, split: str) -> Path:
@@ -54,8 +64,9 @@ def find_split(data_dir: str, split: str) -> Path:
         raise UserError(f'--data-dir {data_dir} does not exist; it must hold one folder per split, e.g. train and val')
     names = next((names for names in SPLIT_FOLDERS.values() if split in names), ())
     for name in dict.fromkeys((split, *names)):
-        if (root / name).exists():
-            return root / name
+        for path in (root / name, root / f'{name}.tar'):
+            if path.exists():
+                return path
     present = ', '.join(sorted(p.name for p in root.iterdir())[:8]) or 'nothing'
     raise UserError(
         f'--data-dir {data_dir} has no folder for split {split!r} (looked for {", ".join((split, *names))}); '
@@ -76,26 +87,66 @@ def resolve_num_classes(args: argparse.Namespace, datasets: Datasets) -> int:
     return found
 
 
+class TrainLoader:
+    """Training batches from any batch of any epoch on.
+
+    Images that can be indexed come in an order, and are augmented in a way, that follow from the seed, the epoch and
+    their place in it. Streams of shards are read from the epoch's start, and what has been trained on is left out.
+    Random erasing happens as a batch is handed out, in step with the model's own randomness.
+    """
+
+    def __init__(self, loader: Any, mixup: FastCollateMixup | None, args: argparse.Namespace, processes: Processes):
+        self.loader, self.mixup = loader, mixup
+        self.seed, self.rank = args.seed, processes.rank
+        self.mixup_off_epoch = args.mixup_off_epoch
+        self.erasing, loader.random_erasing = loader.random_erasing, None
+        self.sampler: ResumableBatchSampler | None = None
+        if isinstance(loader.dataset, IterableDataset):
+            loader.loader.generator = torch.Generator()
+        else:
+            self.sampler = ResumableBatchSampler(
+                loader.dataset, args.batch_size, args.seed, processes.rank, processes.world_size, args.aug_repeats)
+            loader.loader = create_resumable_loader(
+                loader.dataset, self.sampler, loader.loader.collate_fn, args.workers, loader.loader.pin_memory)
+
+    def read(self, epoch: int, first_batch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The images (B, C, H, W) and targets of an epoch, on the device, from a batch on."""
+        if self.mixup is not None:
+            self.mixup.mixup_enabled = not self.mixup_off_epoch or epoch < self.mixup_off_epoch
+        if self.sampler is not None:
+            self.sampler.set_position(epoch, first_batch)
+            batches = iter(self.loader)
+        else:
+            self.loader.dataset.set_epoch(epoch)
+            self.loader.loader.generator.manual_seed(derive_seed(self.seed, epoch, self.rank))
+            batches = islice(iter(self.loader), first_batch, None)
+        for images, targets in batches:
+            yield images if self.erasing is None else self.erasing(images), targets
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch."""
+        return len(self.loader)
+
+    @property
+    def dataset(self) -> Any:
+        """What is read; a StrictImageDataset where images can be indexed."""
+        return self.loader.dataset if self.sampler is None else self.loader.dataset.dataset
+
+
 def create_loaders(
         args: argparse.Namespace,
         datasets: Datasets,
         data_config: dict[str, Any],
         num_classes: int,
-) -> tuple[Any, Any]:
+        processes: Processes,
+) -> tuple[TrainLoader, Any]:
     """The training and the evaluation loader."""
-    if hasattr(datasets.train, '__getitem__') and len(datasets.train) < args.batch_size:
+    images_at_once = args.batch_size * processes.world_size
+    if hasattr(datasets.train, '__getitem__') and len(datasets.train) < images_at_once:
         raise UserError(
-            f'--batch-size {args.batch_size} exceeds the {len(datasets.train)} training images of '
-            f'{args.data_dir or args.dataset}')
-    device = torch.device(args.device)
-    shared = dict(
-        input_size=data_config['input_size'],
-        mean=data_config['mean'],
-        std=data_config['std'],
-        num_workers=args.workers,
-        pin_memory=device.type == 'cuda',
-        device=device,
-    )
+            f'--batch-size {args.batch_size}{f" of {processes.world_size} processes" * (processes.world_size > 1)} '
+            f'exceeds the {len(datasets.train)} training images of {args.data_dir or args.dataset}')
+    mixup = _create_mixup(args, num_classes)
     train_loader = create_loader(
         datasets.train,
         batch_size=args.batch_size,
@@ -112,18 +163,77 @@ def create_loaders(
         re_mode=args.remode,
         re_count=args.recount,
         interpolation=args.train_interpolation if not args.no_aug else data_config['interpolation'],
-        collate_fn=_create_mixup(args, num_classes),
-        **shared,
+        collate_fn=mixup,
+        **_shared_options(datasets.train, args.workers, data_config, processes.device),
     )
-    val_loader = create_loader(
-        datasets.val,
-        batch_size=args.validation_batch_size or args.batch_size,
+    val_loader = create_eval_loader(
+        datasets.val, args.validation_batch_size or args.batch_size, args.workers, data_config, processes)
+    return TrainLoader(train_loader, mixup, args, processes), val_loader
+
+
+def create_eval_loader(
+        dataset: Any,
+        batch_size: int,
+        workers: int,
+        data_config: dict[str, Any],
+        processes: Processes,
+) -> Any:
+    """This process's batches of an evaluation; what cannot be read comes as a black image with target -1."""
+    loader = create_loader(
+        dataset,
+        batch_size=batch_size,
         interpolation=data_config['interpolation'],
         crop_pct=data_config['crop_pct'],
         crop_mode=data_config['crop_mode'],
-        **shared,
+        persistent_workers=False,
+        **_shared_options(dataset, workers, data_config, processes.device),
     )
-    return train_loader, val_loader
+    generator = torch.Generator()  # else each pass would draw from the global one
+    if isinstance(loader.dataset, IterableDataset):
+        loader.loader.generator = generator
+    else:
+        inner = loader.loader
+        sampler = ShardedBatchSampler(len(loader.dataset), batch_size, processes.rank, processes.world_size)
+        loader.loader = DataLoader(
+            loader.dataset, batch_sampler=sampler, collate_fn=inner.collate_fn, num_workers=workers,
+            pin_memory=inner.pin_memory, generator=generator, worker_init_fn=ignore_signals)
+    return loader
+
+
+def _shared_options(dataset: Any, workers: int, data_config: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """What the training and the evaluation loader have in common."""
+    if isinstance(dataset, IterableDataset):
+        workers = max(1, workers)  # in the main process they would draw from the generators that the model draws from
+    return dict(
+        input_size=data_config['input_size'],
+        mean=data_config['mean'],
+        std=data_config['std'],
+        num_workers=workers,
+        pin_memory=device.type == 'cuda',
+        device=device,
+    )
+
+
+def _strict(dataset: Any, replace: bool) -> Any:
+    """Count unreadable images where the dataset is one of image files."""
+    return StrictImageDataset(dataset, replace) if isinstance(dataset, ImageDataset) else dataset
+
+
+def measure_loader(name: str, batches: Iterable[tuple[Tensor, Tensor]], batch_size: int, seconds: float = 30) -> float:
+    """Images per second of a loader alone, over at most so many seconds after its first batch."""
+    count, start = 0, 0.
+    for images, _ in batches:
+        if not start:
+            start = time.perf_counter()  # what it takes to start the workers is paid once in an epoch
+            continue
+        count += len(images)
+        if time.perf_counter() - start > seconds:
+            break
+    if not count:
+        raise UserError(f'the {name} set holds no more than one batch of {batch_size}: too few images to time')
+    rate = count / (time.perf_counter() - start)
+    say(f'{name} loader: {rate:,.0f} images/s over {count:,} images, from file to normalised batch')
+    return rate
 
 
 def uses_mixup(args: argparse.Namespace) -> bool:
@@ -145,18 +255,22 @@ def _create_mixup(args: argparse.Namespace, num_classes: int) -> FastCollateMixu
 
 
 def _open(args: argparse.Namespace, split: str, folder: Path | None = None, class_map: Any = None) -> Any:
+    is_training = split == args.train_split
     try:
         return create_dataset(
             args.dataset,
             root=str(folder or args.data_dir),
             split=split,
             search_split=folder is None,
-            class_map=class_map,
-            is_training=split == args.train_split,
+            class_map=class_map or args.class_map,
+            is_training=is_training,
             batch_size=args.batch_size,
             seed=args.seed,
+            download=args.dataset_download,
+            num_samples=args.train_num_samples if is_training else args.val_num_samples,
+            **{key: value for key in ('input_key', 'target_key') if (value := getattr(args, key))},
         )
-    except (RuntimeError, OSError, ValueError) as e:
+    except (RuntimeError, OSError, ValueError, ImportError, AssertionError) as e:
         raise UserError(f'{folder or args.dataset}: {first_line(e)}') from e
 
 

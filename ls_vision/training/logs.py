@@ -1,4 +1,5 @@
 """What a run says: a bar in a terminal and plain lines elsewhere, and where its time went."""
+import os
 import sys
 import time
 from collections import defaultdict
@@ -8,10 +9,16 @@ from contextlib import contextmanager
 from tqdm import tqdm
 
 
+def is_first_process() -> bool:
+    """Whether this process speaks: the first of those that torchrun started, or the only one."""
+    return int(os.environ.get('RANK', '0')) == 0
+
+
 def say(text: str) -> None:
-    """Print a line without tearing a progress bar."""
-    tqdm.write(text)
-    sys.stdout.flush()  # a log file is read while the run goes on
+    """Print a line without tearing a progress bar, from one process only."""
+    if is_first_process():
+        tqdm.write(text)
+        sys.stdout.flush()  # a log file is read while the run goes on
 
 
 class Progress:
@@ -21,14 +28,17 @@ class Progress:
         title: What the pass is, e.g. 'epoch 3/12'.
         total: Number of batches.
         log_interval: Batches between two lines where there is no terminal; 0 prints none.
+        done: Batches of this pass that an earlier part of the run did.
     """
 
-    def __init__(self, title: str, total: int, log_interval: int = 0):
+    def __init__(self, title: str, total: int, log_interval: int = 0, done: int = 0):
         self.title = title
         self.total = total
         self.log_interval = log_interval
-        self.done = 0
-        self.bar = tqdm(total=total, desc=title, unit='batch', leave=False, dynamic_ncols=True, disable=None)
+        self.done = done
+        disable = None if is_first_process() else True  # None: where there is no terminal
+        self.bar = tqdm(total=total, desc=title, unit='batch', leave=False, dynamic_ncols=True, initial=done,
+                        disable=disable)
 
     def update(self, **figures: float) -> None:
         """Count a batch and show its figures."""

@@ -4,6 +4,7 @@ The order follows from the seed and the epoch alone, and the randomness of a sam
 (mixup) from its key alone: not from worker processes, nor from what they have read ahead. A resumed run starts its
 samplers at the batch it had come to, and need not replay anything.
 """
+import signal
 from collections.abc import Callable, Iterator, Sized
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from timm.data.distributed_sampler import RepeatAugSampler
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, get_worker_info
 
 from .randomness import derive_seed, isolated, seed_cpu
+from .signals import StopRequest
 
 
 class Draw(NamedTuple):
@@ -130,7 +132,14 @@ def create_resumable_loader(
         num_workers=num_workers,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # else each epoch's workers are seeded from the global one
+        worker_init_fn=ignore_signals,
     )
+
+
+def ignore_signals(worker: int) -> None:
+    """Let a loader process outlive a signal sent to the whole group: the run still finishes its step."""
+    for number in StopRequest.SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _leave_main_process_alone() -> Any:

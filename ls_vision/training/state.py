@@ -1,13 +1,29 @@
-"""What changes while a run trains, and what of it a checkpoint holds."""
+"""What changes while a run trains, and how a checkpoint holds it."""
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from timm.scheduler.scheduler import Scheduler
 from timm.task import TrainingTask
-from timm.utils import unwrap_model
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from . import randomness
+from .distributed import Processes
+from .errors import UserError, first_line
+from .faults import FiniteGuard
+
+
+@dataclass
+class Progress:
+    """How far the run has come; plain values, the same in every process."""
+
+    epoch: int = 0  # the one under way
+    batch: int = 0  # batches of it that were trained on
+    num_updates: int = 0  # in all
+    best_top1: float = -1.
+    metrics: dict[str, float] = field(default_factory=dict)  # of the last complete epoch
 
 
 @dataclass
@@ -17,10 +33,13 @@ class TrainingState:
     task: TrainingTask  # model, criterion and averaged weights
     optimizer: torch.optim.Optimizer
     scheduler: Scheduler | None
+    scaler: torch.amp.GradScaler
+    guard: FiniteGuard
+    processes: Processes
     num_epochs: int
-    epoch: int = 0
-    num_updates: int = 0
-    best_top1: float = -1.
+    progress: Progress = field(default_factory=Progress)
+    loss_sum: float = 0.  # over this process's images of the epoch
+    num_images: int = 0
 
     @property
     def lr(self) -> float:
@@ -28,18 +47,90 @@ class TrainingState:
 
     @property
     def eval_model(self) -> nn.Module:
-        """The model that is evaluated: the average of the weights where there is one."""
-        return unwrap_model(self.task.get_eval_model(ema=self.task.has_ema()))
+        """What is evaluated, without communication: the average of the weights where there is one."""
+        model = self.task.get_eval_model(ema=self.task.has_ema())
+        assert model is not None
+        return model.module if isinstance(model, DistributedDataParallel) else model
 
-    def checkpoint(self, args: argparse.Namespace, metrics: dict[str, float]) -> dict[str, Any]:
-        """The content of a checkpoint, under timm's keys: tensors and plain values only."""
+    def mean_loss(self) -> float:
+        """Mean training loss of the epoch so far, over all processes."""
+        total, count = self.processes.sum(torch.tensor([self.loss_sum, self.num_images], dtype=torch.float64)).tolist()
+        return total / max(1, count)
+
+    def checkpoint(self, args: argparse.Namespace, unreadable: torch.Tensor) -> dict[str, Any]:
+        """The content of a checkpoint: tensors and plain values, timm's under its keys. All processes take part.
+
+        Args:
+            args: The run's arguments.
+            unreadable: Indices of the images that could not be read.
+        """
+        mine = dict(random=randomness.capture(), loss_sum=self.loss_sum, num_images=self.num_images)
         return dict(
             arch=args.model,
             args=vars(args),
-            epoch=self.epoch,
-            metric=metrics['top1'],
+            epoch=self.progress.epoch - 1,
+            metric=self.progress.metrics.get('top1'),
             version=2,  # timm: `epoch` is the one that was completed
             optimizer=self.optimizer.state_dict(),
+            amp_scaler=self.scaler.state_dict(),
+            scheduler=self.scheduler.state_dict() if self.scheduler is not None else None,
             **self.task.get_checkpoint_state(),
             **self.task.get_checkpoint_state(ema=True),
+            progress=vars(self.progress),
+            guard=self.guard.state_dict(),
+            unreadable=unreadable,
+            processes=self.processes.gather(mine),
+            sizes=_sizes(args),
         )
+
+    def load(self, checkpoint: dict[str, Any], args: argparse.Namespace, path: str) -> torch.Tensor:
+        """Go back to where a checkpoint was written.
+
+        Returns:
+            Indices of the images that could not be read.
+
+        Raises:
+            UserError: The checkpoint is of another model, of another program, or in the middle of an epoch that was
+                cut into other batches.
+        """
+        try:
+            progress, processes = Progress(**checkpoint['progress']), checkpoint['processes']
+            self._check_sizes(checkpoint['sizes'], len(processes), progress, args, path)
+            self.task.load_checkpoint_state(checkpoint['state_dict'])
+            if self.task.has_ema():
+                self.task.load_checkpoint_state(checkpoint['state_dict_ema'], ema=True)
+            self.optimizer.load_state_dict(checkpoint['optimizer'])
+            self.scaler.load_state_dict(checkpoint['amp_scaler'])
+            if self.scheduler is not None and checkpoint['scheduler'] is not None:
+                self.scheduler.load_state_dict(checkpoint['scheduler'])
+            self.guard.load_state_dict(checkpoint['guard'])
+            unreadable = checkpoint['unreadable']
+        except KeyError as e:
+            raise UserError(
+                f'--resume {path}: it lacks {e}; to start from weights alone, use --initial-checkpoint') from e
+        except (RuntimeError, ValueError, TypeError) as e:
+            raise UserError(f'--resume {path} does not fit {args.model} and its optimiser: {first_line(e)}') from e
+        self.progress = progress
+        if len(processes) == self.processes.world_size:
+            mine = processes[self.processes.rank]
+            randomness.restore(mine['random'])
+            self.loss_sum, self.num_images = mine['loss_sum'], mine['num_images']
+        return unreadable
+
+    def _check_sizes(
+            self, found: dict[str, Any], num_processes: int, progress: Progress, args: argparse.Namespace, path: str,
+    ) -> None:
+        """In the middle of an epoch the position counts batches, which must then be the same."""
+        found, given = {'processes': num_processes, **found}, {'processes': self.processes.world_size, **_sizes(args)}
+        if progress.batch and found != given:
+            raise UserError(
+                f'--resume {path} was written in the middle of an epoch with {_text(found)}, this run has '
+                f'{_text(given)}: resume with the same')
+
+
+def _sizes(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in ('batch_size', 'grad_accum_steps', 'aug_repeats', 'seed')}
+
+
+def _text(sizes: dict[str, Any]) -> str:
+    return ', '.join(f'{name} {value}' for name, value in sizes.items())

@@ -9,6 +9,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the scripts lie beside the
 
 from training_helpers import write_images
 
+from ls_vision.analysis import pictures
+
 
 @pytest.fixture
 def image_folder(tmp_path: Path) -> Path:
@@ -44,3 +46,10 @@ def config(tmp_path: Path, image_folder: Path) -> Path:
     path = tmp_path / 'config.yaml'
     path.write_text(yaml.safe_dump(values))
     return path
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures take most of a tiny run's time; tests that are about them are marked by their name."""
+    if 'picture' not in request.node.name and 'end_to_end' not in request.node.name:
+        monkeypatch.setattr(pictures, 'is_available', lambda: False)

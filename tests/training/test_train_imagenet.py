@@ -24,8 +24,8 @@ def test_end_to_end(config, capsys):
     result = run(config)
     output = result['output']
     assert sorted(p.name for p in output.iterdir()) == [
-        'args.yaml', 'attention.png', 'last.pth.tar', 'learning_curve.png', 'model_best.pth.tar', 'predictions.png',
-        'summary.csv',
+        'args.yaml', 'attention.png', 'last.pth.tar', 'learning_curve.png', 'metrics.jsonl', 'model_best.pth.tar',
+        'predictions.png', 'previous.pth.tar', 'summary.csv',
     ]
     with open(output / 'summary.csv', newline='') as file:
         rows = list(csv.DictReader(file))
@@ -96,7 +96,9 @@ def test_evaluation_classes_keep_the_indices_of_training(config, image_folder):
     (['--model-kwargs', 'ranks=3'], 'model vil_ls_tiny cannot be built .*ranks'),
     (['--initial-checkpoint', 'nowhere.pth'], 'checkpoint nowhere.pth does not exist'),
     (['--opt', 'adamwww'], '--opt adamwww'),
-    (['--lr', '1e30', '--opt', 'sgd'], 'loss .* at update'),
+    (['--lr', '1e30', '--opt', 'sgd', '--max-nonfinite', '2'], 'at update 3 .*: 2 steps in a row were skipped'),
+    (['--resume', 'nowhere.pth'], 'checkpoint nowhere.pth does not exist'),
+    (['--resume', 'auto', '--experiment', ''], '--resume auto: pass the --experiment'),
     (['--epoch', '3'], "unknown argument --epoch; did you mean '--epochs'"),
 ])
 def test_wrong_input_is_one_line(config, argv, message):
@@ -119,10 +121,12 @@ def test_test_split_with_unknown_classes(config, image_folder):
         run(config)
 
 
-def test_malicious_checkpoint_is_refused_before_training(config, tmp_path):
+@pytest.mark.parametrize('option', ['--initial-checkpoint', '--resume'])
+def test_malicious_checkpoint_is_refused_before_training(config, tmp_path, option):
     torch.save(dict(state_dict=Gadget(tmp_path / 'ran')), tmp_path / 'bad.pth')
-    with pytest.raises(SystemExit, match=r'bad.pth was refused: it holds posix.system|nt.system'):
-        run(config, '--initial-checkpoint', str(tmp_path / 'bad.pth'))
+    with pytest.raises(SystemExit, match=r'bad.pth was refused: it holds posix.system|nt.system') as error:
+        run(config, option, str(tmp_path / 'bad.pth'))
+    assert '\n' not in str(error.value)
     assert not (tmp_path / 'ran').exists()
 
 
@@ -139,5 +143,5 @@ def test_interrupt_ends_cleanly(config, tmp_path):
             break
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert 'Interrupted. The last complete epoch is in' in out
+    assert 'Stopped by signal 2 after update' in out and 'go on with --resume auto' in out
     assert 'Traceback' not in err
