@@ -28,7 +28,7 @@ SPLIT_FOLDERS = {
 
 @dataclass
 class Datasets:
-    """The two splits, which count images that cannot be read, and, where the reader tells, their class names by index."""
+    """The two splits, which count images that cannot be read, and their class names where the reader tells."""
 
     train: Any
     val: Any

@@ -92,7 +92,7 @@ def test_other_batches_in_the_middle_of_an_epoch_are_refused(arguments, tmp_path
     signal_when(tmp_path / 'output' / 'run' / 'metrics.jsonl', 2, signal.SIGTERM)
     with pytest.raises(SystemExit):
         train_imagenet.main([*arguments, '--epochs', '1'])
-    with pytest.raises(SystemExit, match='in the middle of an epoch with .*batch_size 8.* this run has .*batch_size 4'):
+    with pytest.raises(SystemExit, match=r'middle of an epoch with .*batch_size 8.* this run has .*batch_size 4'):
         train_imagenet.main([*arguments, '--epochs', '1', '--batch-size', '4'])
 
 
