@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install demo test test-all test-timm lint clean
+.PHONY: help install browser demo test test-all test-timm lint clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -22,11 +22,15 @@ demo: install  ## the main job: a small ViL-LS trained on CIFAR-10
 	$(BIN)/python -m ls_vision.data.cifar10 --data-dir data/cifar10
 	$(BIN)/python train_imagenet.py --config configs/cifar10.yaml
 
-test: install  ## the tests that CI runs
+browser:  ## a Chromium for the tests of pages, Debian's where there is none
+	@for name in chromium chromium-browser google-chrome google-chrome-stable; do command -v $$name && exit 0; done; \
+	sudo=$$(command -v sudo || true); $$sudo apt-get update -qq && $$sudo apt-get install -qq --no-install-recommends chromium
+
+test: install browser  ## the tests that CI runs
 	$(BIN)/python -m pytest -q -m 'not slow'
 	$(BIN)/python tests/timm_suite.py vil_ls_tiny cvt_ls_13
 
-test-all: install test-timm  ## every test, minutes of work each included
+test-all: install browser test-timm  ## every test, minutes of work each included
 	$(BIN)/python -m pytest -q
 
 test-timm: install  ## timm's own model tests on every registered name

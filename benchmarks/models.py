@@ -14,7 +14,6 @@ Markdown table, after every comparison.
 import argparse
 import datetime
 import json
-import math
 import statistics
 import subprocess
 import sys
@@ -27,7 +26,7 @@ from torch import nn
 from tqdm import tqdm
 
 import ls_vision  # noqa: F401  registers the models
-from ls_vision.analysis.measure import added_memory, alternate, describe_machine, ratio, spread, write
+from ls_vision.analysis.measure import added_memory, alternate, describe_machine, ratio, slope, spread, write
 
 RESULTS = Path(__file__).parent / 'results'
 BASELINE = 'swin_small_patch4_window7_224'
@@ -133,11 +132,6 @@ def memory_of(case: Case, args: argparse.Namespace) -> int:
     small = images[..., :64, :64]
     model(small)  # what libraries set up on their first call is not the image's
     return added_memory(lambda: model(images), args.device)
-
-
-def slope(x: list[float], y: list[float]) -> float:
-    """Of log y against log x, by least squares."""
-    return statistics.linear_regression([math.log(v) for v in x], [math.log(v) for v in y]).slope
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

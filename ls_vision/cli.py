@@ -4,11 +4,11 @@ import sys
 from collections.abc import Sequence
 from typing import Optional
 
-from ls_vision.analysis.commands import flops, models
+from ls_vision.analysis.commands import bench, flops, models, scale
 from ls_vision.training.errors import UserError
 
 # Each is a module with `add_arguments(parser)` and `run(args)`; its docstring is the help, with examples.
-COMMANDS = dict(models=models, flops=flops)
+COMMANDS = dict(models=models, flops=flops, bench=bench, scale=scale)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:

@@ -2,16 +2,20 @@
 import contextlib
 import datetime
 import json
+import math
+import os
 import platform
 import random
 import resource
+import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from tqdm import tqdm
 
@@ -61,6 +65,11 @@ def spread(result: dict[str, float]) -> str:
     return f'{result["median"]:.2f} ({result["quartile_1"]:.2f} to {result["quartile_3"]:.2f})'
 
 
+def slope(x: Sequence[float], y: Sequence[float]) -> float:
+    """Of log y against log x, by least squares."""
+    return statistics.linear_regression([math.log(v) for v in x], [math.log(v) for v in y]).slope
+
+
 def added_memory(call: Callable[[], Any], device: str) -> int:
     """Bytes that a call takes at its peak above what was there: of the allocator on a GPU, else resident."""
     if device == 'cuda':
@@ -89,8 +98,15 @@ def describe_machine(device: str, dtype: str, threads: int) -> dict[str, Any]:
     """What a figure depends on besides the code, and the command that made it."""
     name = torch.cuda.get_device_name() if device == 'cuda' else cpu_name()
     return dict(
-        device=name, dtype=dtype, threads=threads, torch=torch.__version__, python=platform.python_version(),
-        date=f'{datetime.date.today()}', command=' '.join(['python', *sys.argv]))
+        device=name, cores=os.cpu_count(), dtype=dtype, threads=threads, torch=torch.__version__, timm=timm.__version__,
+        python=platform.python_version(), date=f'{datetime.date.today()}', command=command_line())
+
+
+def command_line() -> str:
+    """What was typed to start this process, as far as it can be known."""
+    script = Path(sys.argv[0])
+    installed = script.name == 'ls-vision' or script.parts[-2:] == ('ls_vision', '__main__.py')
+    return shlex.join([*(['ls-vision'] if installed else ['python', sys.argv[0]]), *sys.argv[1:]])
 
 
 def cpu_name() -> str:

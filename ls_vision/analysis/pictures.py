@@ -67,7 +67,7 @@ def draw_learning_curve(summary: Path, path: Path) -> None:
     with open(summary, newline='') as file:
         rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
     epochs = [row['epoch'] + 1 for row in rows]
-    figure = _new_figure(9, 3.8)
+    figure = new_figure(9, 3.8)
     loss_axes, accuracy_axes = figure.subplots(1, 2)
 
     curves = (('train_loss', 'training', ORANGE), ('eval_loss', 'test', BLUE))
@@ -95,7 +95,7 @@ def draw_predictions(
 
     columns = min(len(samples), 6)
     rows = -(-len(samples) // columns)
-    figure = _new_figure(1.75 * columns + 0.3, 2.15 * rows + 0.75)
+    figure = new_figure(1.75 * columns + 0.3, 2.15 * rows + 0.75)
     figure.suptitle(
         f'{len(samples)} test images drawn at random: {right} right, {len(samples) - right} wrong',
         fontsize=13, fontweight='bold', color=INK, x=0.012, ha='left',
@@ -206,7 +206,7 @@ def _normalize(images: Tensor, data_config: dict[str, Any], model: nn.Module) ->
     return ((images.float() / 255 - mean) / std).to(device)
 
 
-def _new_figure(width: float, height: float, constrained: bool = True) -> 'Figure':
+def new_figure(width: float, height: float, constrained: bool = True) -> 'Figure':
     """A figure of its own, which needs no display and leaves pyplot's state alone."""
     if not is_available():
         raise ImportError(INSTALL_HINT)
@@ -256,7 +256,7 @@ def _draw_attention_figure(image: Tensor, truth: str, layers: list[ProjectionMap
     picture, legend, labels = 3.2, 1.15, 1.05  # the image with the window, the lines below it, the rows' names
     width = margin + picture + labels + columns * cell + margin
     height = header + max(len(heads) * cell, picture + legend) + margin
-    figure = _new_figure(width, height, constrained=False)
+    figure = new_figure(width, height, constrained=False)
 
     def place(left: float, top: float, size: float) -> 'Axes':
         return figure.add_axes((left / width, 1 - (top + size) / height, size / width, size / height))
