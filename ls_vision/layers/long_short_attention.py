@@ -187,8 +187,7 @@ class LongShortAttention2d(nn.Module):
         H, W = feat_size
         g, h = self.num_global_tokens, self.num_heads
         check_token_count(L, g, feat_size)
-        if not torch.jit.is_scripting():
-            x = to_autocast(x)  # once: each linear map would keep a copy of its own
+        x = to_autocast(x)  # once: each linear map would keep a copy of its own
 
         q, kv = self.qkv.apart(x, feat_size)  # (B, L, C), (B, L, 2, C)
         kv = self.dual_ln_full(kv)

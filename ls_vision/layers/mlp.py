@@ -29,7 +29,7 @@ class ChunkedMlp(Mlp):
 
     @torch.jit.unused
     def _takes_chunks(self, x: Tensor) -> bool:
-        if self.training or x.device.type != 'cpu' or not is_eager_inference(x):
+        if not is_eager_inference(x) or self.training or x.device.type != 'cpu':
             return False
         parts = (self.fc1, self.act, self.norm, self.fc2)
         hooked = any(m._forward_hooks or m._forward_pre_hooks for m in parts)

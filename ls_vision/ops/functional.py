@@ -90,7 +90,8 @@ def _attention(
 ) -> Tuple[Tensor, Tensor]:
     """The output, and what the backward pass of the backend wants to know besides (of no elements, if nothing)."""
     return forward(
-        _resolve(backend, query, window_size), query, key, value, window_size, additional_keys, additional_values, bias, scale)
+        _resolve(backend, query, window_size), query, key, value, window_size, additional_keys, additional_values, bias,
+        scale)
 
 
 @_attention.register_fake
@@ -117,8 +118,8 @@ def _attention_backward(
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, additional keys and values, bias; of no elements for what is not there."""
     grads = backward(
-        _resolve(backend, query, window_size), grad_out, query, key, value, window_size, additional_keys, additional_values, bias,
-        scale, out, statistics)
+        _resolve(backend, query, window_size), grad_out, query, key, value, window_size, additional_keys,
+        additional_values, bias, scale, out, statistics)
     return tuple(query.new_empty(0) if g is None else g.contiguous() for g in grads)  # type: ignore[return-value]
 
 

@@ -16,6 +16,8 @@ def autocast_dtype(x: Tensor) -> Optional[torch.dtype]:
 
 def to_autocast(x: Tensor) -> Tensor:
     """The tensor in the precision of matrix products where autocast is on; doubles stay as they are."""
+    if torch.jit.is_scripting():
+        return x
     dtype = autocast_dtype(x)
     return x if dtype is None or x.dtype == torch.float64 else x.to(dtype)
 
