@@ -288,7 +288,7 @@ def train(
             metrics = evaluate(state, val_loader, args, stop)
         figures = dict(loss=state.mean_loss(), skipped=state.guard.skipped, unreadable=len(save.unreadable()))
         end_epoch(state, figures, metrics, log)
-        save(is_best=metrics['top1'] == progress.best_top1)
+        save(is_best=metrics['top1'] == progress.best_metric)
         say(f'{title}: train loss {figures["loss"]:.4f}, test loss {metrics["loss"]:.4f}, top-1 {metrics["top1"]:.2f} %'
             + ''.join(f', {text}' for text, count in (
                 (f'{figures["skipped"]} steps skipped', figures['skipped']),
@@ -311,7 +311,7 @@ def end_epoch(
     if state.scheduler is not None:
         state.scheduler.step(progress.epoch + 1, metrics['top1'])
     progress.metrics = metrics
-    progress.best_top1 = max(progress.best_top1, metrics['top1'])
+    progress.best_metric = max(progress.best_metric, metrics['top1'])
     progress.epoch += 1
     progress.batch = 0
     state.loss_sum, state.num_images = 0., 0

@@ -142,7 +142,7 @@ def _accumulate_gradients(state: TrainingState, batches: list[Batch], args: argp
     """Gradients of the mean loss of the batches, and that loss; processes talk once, at the last batch."""
     losses = []
     for i, (images, targets) in enumerate(batches):
-        if args.channels_last:
+        if getattr(args, 'channels_last', False):
             images = images.contiguous(memory_format=torch.channels_last)
         with state.task.no_sync() if i + 1 < len(batches) else nullcontext():
             with autocast(args, state.processes.device):
@@ -154,7 +154,7 @@ def _accumulate_gradients(state: TrainingState, batches: list[Batch], args: argp
 
 def _check_unreadable(state: TrainingState, dataset: Any, args: argparse.Namespace) -> None:
     found = getattr(dataset, 'num_unreadable', 0)
-    if found > args.max_unreadable * len(dataset):
+    if found and found > args.max_unreadable * len(dataset):
         raise UserError(
             f'{found} of {len(dataset)} training images cannot be read, more than --max-unreadable '
             f'{args.max_unreadable:g} of them; e.g. {dataset.filename(int(dataset.unreadable.argmax()))}')

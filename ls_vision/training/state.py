@@ -22,7 +22,7 @@ class Progress:
     epoch: int = 0  # the one under way
     batch: int = 0  # batches of it that were trained on
     num_updates: int = 0  # in all
-    best_top1: float = -1.
+    best_metric: float = -1.
     metrics: dict[str, float] = field(default_factory=dict)  # of the last complete epoch
 
 
@@ -37,6 +37,7 @@ class TrainingState:
     guard: FiniteGuard
     processes: Processes
     num_epochs: int
+    metric: str = 'top1'  # the figure by which the best checkpoint is chosen
     progress: Progress = field(default_factory=Progress)
     loss_sum: float = 0.  # over this process's images of the epoch
     num_images: int = 0
@@ -69,7 +70,7 @@ class TrainingState:
             arch=args.model,
             args=vars(args),
             epoch=self.progress.epoch - 1,
-            metric=self.progress.metrics.get('top1'),
+            metric=self.progress.metrics.get(self.metric),
             version=2,  # timm: `epoch` is the one that was completed
             optimizer=self.optimizer.state_dict(),
             amp_scaler=self.scaler.state_dict(),
@@ -129,7 +130,8 @@ class TrainingState:
 
 
 def _sizes(args: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(args, name) for name in ('batch_size', 'grad_accum_steps', 'aug_repeats', 'seed')}
+    names = ('batch_size', 'grad_accum_steps', 'aug_repeats', 'crops_per_image', 'seed')  # not every script has all
+    return {name: getattr(args, name) for name in names if hasattr(args, name)}
 
 
 def _text(sizes: dict[str, Any]) -> str:
