@@ -1,11 +1,11 @@
 """One pass over the data: training and evaluation."""
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from timm.utils import dispatch_clip_grad
@@ -14,12 +14,22 @@ from torch import Tensor
 from ..evaluation.predictions import accuracy, predict
 from .errors import UserError
 from .faults import gradients_are_finite
-from .loaders import TrainLoader
 from .logs import Progress, Stopwatch
 from .signals import StopRequest
 from .state import TrainingState
 
-Batch = tuple[Tensor, Tensor]
+Batch = tuple[Any, Any]  # what the task takes: images and targets
+
+
+class BatchSource(Protocol):
+    """Training batches from any batch of any epoch on."""
+
+    @property
+    def dataset(self) -> Any: ...
+
+    def read(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]: ...
+
+    def __len__(self) -> int: ...
 
 
 class Stopped(Exception):
@@ -32,7 +42,7 @@ class Stopped(Exception):
 
 def train_one_epoch(
         state: TrainingState,
-        loader: TrainLoader,
+        loader: BatchSource,
         args: argparse.Namespace,
         title: str,
         watch: Stopwatch,

@@ -219,7 +219,7 @@ def _strict(dataset: Any, replace: bool) -> Any:
     return StrictImageDataset(dataset, replace) if isinstance(dataset, ImageDataset) else dataset
 
 
-def measure_loader(name: str, batches: Iterable[tuple[Tensor, Tensor]], batch_size: int, seconds: float = 30) -> float:
+def measure_loader(name: str, batches: Iterable[tuple[Any, Any]], batch_size: int, seconds: float = 30) -> float:
     """Images per second of a loader alone, over at most so many seconds after its first batch."""
     count, start = 0, 0.
     for images, _ in batches:

@@ -1,0 +1,97 @@
+"""Annotated images as samples for training and for evaluation."""
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Callable
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+
+from ..training.errors import UserError
+from .annotations import Annotated, Annotations
+
+CACHED_IMAGES = 4  # decoded images that a process keeps: crops of one large image don't decode it again
+
+
+class DetectionDataset(Dataset[Any]):
+    """Images with what a torchvision detector is trained on.
+
+    Args:
+        annotations: The images and their objects; crowds are left out.
+        transform: Takes and returns the image and the target.
+        with_masks: Give masks too.
+        crops_per_image: Samples that an epoch takes of each image, side by side in its order.
+    """
+
+    def __init__(
+            self,
+            annotations: Annotations,
+            transform: Callable[[tv_tensors.Image, dict[str, Any]], tuple[Tensor, dict[str, Any]]],
+            with_masks: bool = False,
+            crops_per_image: int = 1,
+    ):
+        self.annotations, self.transform = annotations, transform
+        self.with_masks, self.crops_per_image = with_masks, crops_per_image
+
+    def __len__(self) -> int:
+        return len(self.annotations.images) * self.crops_per_image
+
+    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
+        image = self.annotations.images[index // self.crops_per_image]
+        size = (image.height, image.width)
+        kept = ~image.crowd
+        target: dict[str, Any] = dict(
+            boxes=tv_tensors.BoundingBoxes(
+                torch.from_numpy(image.boxes[kept]).float(), format='XYXY', canvas_size=size),  # type: ignore[call-overload]
+            labels=torch.from_numpy(image.labels[kept]))
+        if self.with_masks:
+            target['masks'] = tv_tensors.Mask(torch.from_numpy(read_masks(image)[kept]))
+        return self.transform(tv_tensors.Image(read_image(image.path)), target)
+
+
+def collate(samples: list[tuple[Tensor, dict[str, Any]]]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    """Lists of images and targets, as plain tensors: images differ in size."""
+    images = [image.as_subclass(Tensor) for image, _ in samples]
+    return images, [{name: value.as_subclass(Tensor) for name, value in target.items()} for _, target in samples]
+
+
+@lru_cache(maxsize=CACHED_IMAGES)
+def read_image(path: Path) -> Tensor:
+    """(3, H, W) uint8.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    try:
+        with Image.open(path) as file:
+            pixels = np.array(file.convert('RGB'))
+    except (OSError, ValueError) as e:
+        raise UserError(f'image {path} cannot be decoded: {e}') from e
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def read_masks(image: Annotated) -> np.ndarray:
+    """(N, H, W) uint8, of polygons or run lengths.
+
+    Raises:
+        UserError: The image's objects have no masks.
+    """
+    if image.segmentations is None:
+        raise UserError(f'{image.path}: has objects without a segmentation, which Mask R-CNN needs')
+    masks = np.zeros((len(image.segmentations), image.height, image.width), dtype=np.uint8)
+    for mask, segmentation in zip(masks, image.segmentations, strict=True):
+        mask[:] = _decode(segmentation, image)
+    return masks
+
+
+def _decode(segmentation: Any, image: Annotated) -> np.ndarray:
+    from faster_coco_eval.core import mask as coco_mask
+
+    if isinstance(segmentation, list) or isinstance(segmentation['counts'], list):
+        segmentation = coco_mask.frPyObjects(segmentation, image.height, image.width)
+    if isinstance(segmentation, list):  # parts of one object
+        segmentation = coco_mask.merge(segmentation)
+    return np.asarray(coco_mask.decode(segmentation))

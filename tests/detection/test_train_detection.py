@@ -1,0 +1,180 @@
+"""The real script on small images: what it leaves, how it goes on, what it refuses."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from detection_helpers import TINY, write_coco
+
+import train_detection
+from ls_vision.training.checkpoint import load_checkpoint, save_checkpoint
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A config file for a detector of a hundred thousand parameters on six images."""
+    values = dict(
+        train_annotations=str(write_coco(tmp_path / 'train', 6, size=(160, 128))),
+        val_annotations=str(write_coco(tmp_path / 'val', 2, size=(160, 128), seed=1)),
+        detector='fcos', model='vil_ls_tiny_linear', model_kwargs=TINY, out_channels=32, strides=[8, 16],
+        crop_size=128, crop_scale=[0.8, 1.25], vflip=0.5, transpose=0.5, color_jitter=0.2, batch_size=2,
+        drop_path=0.2, opt='adamw', lr=2e-3, epochs=2, warmup_epochs=0, sched_on_updates=True, clip_grad=1.,
+        model_ema=True, model_ema_decay=0.9, log_interval=1, workers=0, device='cpu',
+        output=str(tmp_path / 'output'), experiment='run')
+    path = tmp_path / 'config.yaml'
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def run(config, *extra):
+    return train_detection.main(['--config', str(config), *extra])
+
+
+def start(config, *extra, launcher=()):
+    """The script as a process."""
+    environment = dict(os.environ, OMP_NUM_THREADS='1')
+    return subprocess.Popen(
+        [sys.executable, *launcher, str(ROOT / 'train_detection.py'), '--config', str(config), *extra],
+        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def weights(folder):
+    checkpoint = load_checkpoint(folder / 'last.pth.tar')
+    return {**checkpoint['state_dict'], **{f'ema.{k}': v for k, v in checkpoint['state_dict_ema'].items()}}
+
+
+def assert_same_run(a, b):
+    one, other = weights(a), weights(b)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert (a / 'summary.csv').read_text() == (b / 'summary.csv').read_text()
+    assert (a / 'metrics.jsonl').read_text() == (b / 'metrics.jsonl').read_text()
+
+
+def test_run_leaves_everything(config, tmp_path):
+    result = run(config)
+    output = tmp_path / 'output' / 'run'
+    assert result['output'] == output
+    names = {path.name for path in output.iterdir()}
+    assert {'last.pth.tar', 'model_best.pth.tar', 'args.yaml', 'summary.csv', 'metrics.jsonl', 'pictures'} <= names
+    assert sorted(p.name for p in (output / 'pictures').iterdir()) == ['0.png', '1.png']
+    assert 0 <= result['AP'] <= 1
+    steps = [json.loads(line) for line in (output / 'metrics.jsonl').read_text().splitlines()]
+    assert [line['update'] for line in steps if 'update' in line] == [1, 2, 3, 4, 5, 6]
+    assert len((output / 'summary.csv').read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize('workers', ['0', '2'])
+def test_interrupted_and_resumed_equals_unbroken(config, tmp_path, workers):
+    """Stopped by SIGTERM in the middle of an epoch, killed in another, and resumed each time."""
+    start(config, '--epochs', '4', '--experiment', 'unbroken', '--workers', workers).wait(300)
+    folder = tmp_path / 'output' / 'broken'
+    broken = ('--epochs', '4', '--experiment', 'broken', '--workers', workers)
+    codes = []
+    for number, after in ((signal.SIGTERM, 2), (signal.SIGKILL, 8)):
+        process = start(config, *broken, '--resume', 'auto')
+        log = folder / 'metrics.jsonl'
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            if log.exists() and log.read_text().count('"update"') >= after:
+                process.send_signal(number)
+                break
+            time.sleep(.01)
+        codes.append(process.wait(120))
+    final = start(config, *broken, '--resume', 'auto')
+    assert final.wait(300) == 0, final.stdout.read()
+    assert codes == [128 + signal.SIGTERM, -signal.SIGKILL]
+    assert_same_run(tmp_path / 'output' / 'unbroken', folder)
+
+
+def test_two_processes(config, tmp_path):
+    launcher = ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2')
+    process = start(config, '--batch-size', '1', launcher=launcher)
+    text = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, text
+    assert text.count('Finished in') == 1
+    assert 'each of 2 images' in text
+
+
+@pytest.mark.parametrize('detector', ['retinanet', 'mask_rcnn'])
+def test_other_detectors_on_tiles_and_whole_images(config, detector):
+    extra = ['--detector', detector, '--epochs', '1']
+    if detector == 'retinanet':
+        extra += ['--tile-size', '96', '--tile-overlap', '40']
+    else:
+        extra += ['--min-size', '96', '128', '--strides', '4', '8', '16', '32']
+    result = run(config, *extra)
+    assert ('mask_AP' in result) == (detector == 'mask_rcnn')
+
+
+def test_layer_decay_and_frozen_stages(config, tmp_path):
+    run(config, '--epochs', '1', '--layer-decay', '0.8', '--trainable-stages', '2')
+    groups = load_checkpoint(tmp_path / 'output' / 'run' / 'last.pth.tar')['optimizer']['param_groups']
+    assert len({group.get('lr_scale', 1.) for group in groups}) > 2
+
+
+def test_starts_from_a_classifier(config, tmp_path):
+    import timm
+
+    classifier = timm.create_model('vil_ls_tiny_linear', num_classes=10, **TINY)
+    path = save_checkpoint(tmp_path, dict(state_dict=classifier.state_dict()), is_best=False)
+    run(config, '--epochs', '1', '--lr', '0', '--initial-backbone', str(path))
+    trained = weights(tmp_path / 'output' / 'run')
+    name = 'stages.1.blocks.0.attn.proj.weight'
+    assert torch.equal(trained[f'backbone.body.model.{name}'], classifier.state_dict()[name])
+    classifier = timm.create_model('vil_ls_tiny_linear', num_classes=10)
+    path = save_checkpoint(tmp_path, dict(state_dict=classifier.state_dict()), is_best=False)
+    with pytest.raises(SystemExit, match='does not fit'):
+        run(config, '--initial-backbone', str(path))
+
+
+def spoil(tmp_path):
+    path = tmp_path / 'train' / 'annotations.json'
+    content = json.loads(path.read_text())
+    content['annotations'][0]['bbox'] = [150, 0, 50, 5]
+    content['annotations'][1]['category_id'] = 55
+    path.write_text(json.dumps(content))
+    path = tmp_path / 'val' / 'annotations.json'
+    content = json.loads(path.read_text())
+    content['annotations'][0]['bbox'] = [5, 5, 0, 5]
+    path.write_text(json.dumps(content))
+
+
+def test_bad_annotations_stop_the_run_before_training(config, tmp_path, capsys):
+    spoil(tmp_path)
+    with pytest.raises(SystemExit) as error:
+        run(config)
+    text = str(error.value.code)
+    assert text.startswith('error: ') and '3 problems' in text
+    for problem in (r'train/annotations.json: annotations[0] (id 1): box', 'category_id 55 is not known',
+                    'val/annotations.json: annotations[0] (id 1): box [5.0, 5.0, 5.0, 10.0] has zero'):
+        assert problem in text
+    assert not (tmp_path / 'output').exists()
+
+    run(config, '--skip-bad', '--epochs', '1')
+    text = capsys.readouterr().out
+    assert 'Left out 3 bad records' in text and '16 objects' in text
+
+
+@pytest.mark.parametrize(('extra', 'message'), [
+    (('--train-annotations', 'nowhere.json'), 'nowhere.json do not exist'),
+    (('--model', 'vil_ls_tinny'), 'cannot be built'),
+    (('--crop-scale', '2', '1'), '--crop-scale'),
+    (('--tile-size', '64', '--tile-overlap', '64'), '--tile-overlap 64'),
+    (('--batch-size', '100'), 'exceeds the 6 samples'),
+    (('--croop-size', '3'), "unknown argument --croop-size; did you mean '--crop-size'"),
+    (('--strides', '2'), r'strides \(2,\): vil_ls_tiny_linear has feature maps of strides'),
+    (('--lr', '1e30', '--epochs', '30', '--clip-grad', '1e30'), 'steps in a row were skipped|not finite'),
+])
+def test_one_clear_error(config, extra, message):
+    with pytest.raises(SystemExit, match=message) as error:
+        run(config, *extra)
+    assert str(error.value.code).startswith('error: ')
