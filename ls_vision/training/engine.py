@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 import torch
 from timm.utils import dispatch_clip_grad
-from torch import Tensor
 
 from ..evaluation.predictions import accuracy, predict
 from .errors import UserError
