@@ -35,7 +35,8 @@ def main() -> None:
         model.save_pretrained(folder)
         loaded = TimmWrapperForImageClassification.from_pretrained(folder).eval()
         logits, again = (m(pixel_values=images).logits for m in (model, loaded))
-    print(f'{args.model}: logits {tuple(logits.shape)}, the same after saving and loading: {torch.equal(logits, again)}')
+    same = torch.equal(logits, again)
+    print(f'{args.model}: logits {tuple(logits.shape)}, the same after saving and loading: {same}')
     maps = build_backbone('vil_ls_tiny_linear')(torch.randn(1, 3, 192, 256)).feature_maps
     print(f'AutoBackbone: {", ".join(str(tuple(m.shape)) for m in maps)}')
 

@@ -9,6 +9,7 @@
 """
 import argparse
 
+import timm
 import torch
 from torch import Tensor
 from transformers import RTDetrConfig, RTDetrForObjectDetection, TimmBackboneConfig
@@ -20,16 +21,10 @@ def build(backbone: str = 'vil_ls_small_linear', num_classes: int = 80, **model_
     """RT-DETR whose features of strides 8, 16 and 32 come from the named timm model, without pretrained weights."""
     backbone_config = TimmBackboneConfig(
         backbone=backbone, use_pretrained_backbone=False, out_indices=[1, 2, 3], model_kwargs=model_kwargs)
-    channels = ls_vision_channels(backbone, model_kwargs)
+    features = timm.create_model(backbone, features_only=True, out_indices=(1, 2, 3), **model_kwargs)
+    channels = features.feature_info.channels()  # transformers does not ask the backbone for them
     return RTDetrForObjectDetection(RTDetrConfig(
         backbone_config=backbone_config, encoder_in_channels=channels, num_labels=num_classes))
-
-
-def ls_vision_channels(backbone: str, model_kwargs: dict) -> list[int]:
-    """Channels of the maps that the encoder takes."""
-    import timm
-
-    return timm.create_model(backbone, features_only=True, out_indices=(1, 2, 3), **model_kwargs).feature_info.channels()
 
 
 def train_step(model: RTDetrForObjectDetection, images: Tensor, labels: list[dict[str, Tensor]]) -> float:

@@ -64,7 +64,8 @@ def main() -> None:
     model = build(args.decoder, args.encoder)
     losses = train(model, image, target, args.steps)
     iou = intersection_over_union(model, image, target)
-    print(f'{args.decoder} on {args.encoder}: loss {losses[0]:.3f} -> {losses[-1]:.3f}, IoU on this photograph {iou:.3f}')
+    change = f'loss {losses[0]:.3f} -> {losses[-1]:.3f}'
+    print(f'{args.decoder} on {args.encoder}: {change}, IoU on this photograph {iou:.3f}')
 
 
 if __name__ == '__main__':
