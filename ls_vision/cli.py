@@ -4,11 +4,12 @@ import sys
 from collections.abc import Sequence
 from typing import Optional
 
-from ls_vision.analysis.commands import bench, flops, models, scale
+from ls_vision import export
+from ls_vision.analysis.commands import attention, bench, flops, models, scale
 from ls_vision.training.errors import UserError
 
 # Each is a module with `add_arguments(parser)` and `run(args)`; its docstring is the help, with examples.
-COMMANDS = dict(models=models, flops=flops, bench=bench, scale=scale)
+COMMANDS = dict(models=models, flops=flops, bench=bench, scale=scale, attention=attention, export=export)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:

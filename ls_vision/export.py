@@ -1,4 +1,7 @@
-"""Writes a model as ONNX, for any batch and image size: `python -m ls_vision.export vil_ls_tiny --out model.onnx`.
+"""Writes a model as ONNX, for any batch and image size.
+
+    ls-vision export vil_ls_tiny --out model.onnx
+    ls-vision export vil_ls_medium --checkpoint model_best.pth --out model.onnx
 
 Needs the `onnx` extra. Loads nothing but ONNX's own operators, whatever runs the file.
 """
@@ -12,7 +15,8 @@ import torch
 from torch import nn
 from torch.export import Dim
 
-import ls_vision  # noqa: F401, registers the models
+from ls_vision.analysis.zoo import check_model
+from ls_vision.training.errors import UserError
 
 
 def export_onnx(
@@ -47,24 +51,34 @@ def export_onnx(
     os.replace(temporary, path)
 
 
-def main(argv: Optional[Sequence[str]] = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0], allow_abbrev=False)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('model', help='name of a registered model, e.g. vil_ls_tiny')
     parser.add_argument('--out', required=True, help='file to write')
     parser.add_argument('--checkpoint', default=None, help='weights to load; random ones without it')
     parser.add_argument('--num-classes', type=int, default=None, help='width of the classifier')
     parser.add_argument('--img-size', type=int, nargs='+', default=[224], help='of the traced example: side, or H W')
-    args = parser.parse_args(argv)
-    if not timm.is_model(args.model):
-        raise SystemExit(f'error: unknown model {args.model!r}; timm.list_models() names them.')
+
+
+def run(args: argparse.Namespace) -> None:
+    """Raises UserError where the model does not exist or a package is missing."""
+    check_model(args.model)
     try:
         import onnxscript  # noqa: F401
     except ImportError:
-        raise SystemExit("error: ONNX export needs more packages: pip install 'ls_vision[onnx]'") from None
+        raise UserError("ONNX export needs more packages: pip install 'ls_vision[onnx]'") from None
     size: List[int] = args.img_size * 2 if len(args.img_size) == 1 else args.img_size
     model = timm.create_model(args.model, num_classes=args.num_classes, checkpoint_path=args.checkpoint)
     export_onnx(model, args.out, (size[0], size[1]))
     print(f'{args.out}: {Path(args.out).stat().st_size / 2 ** 20:.1f} MiB, input image (batch, 3, height, width)')
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0], allow_abbrev=False)
+    add_arguments(parser)
+    try:
+        run(parser.parse_args(argv))
+    except UserError as e:
+        raise SystemExit(f'error: {e}') from None
 
 
 if __name__ == '__main__':

@@ -4,6 +4,7 @@ matplotlib is an optional dependency: nothing here is imported before a picture 
 """
 import csv
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
@@ -12,7 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ls_vision.layers import LongShortAttention2d
+from ls_vision.inspect import Record, record
+from ls_vision.models import HierarchicalTransformer
+from ls_vision.training.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,18 +38,15 @@ class Samples:
         return len(self.images)
 
 
-@dataclass
-class ProjectionMaps:
-    """The dynamic projection of one attention layer for one image."""
-
-    name: str
-    attention: LongShortAttention2d
-    maps: Tensor  # (h, r, H, W); each map sums to 1
-
-
 def is_available() -> bool:
     """Whether matplotlib is installed."""
     return importlib.util.find_spec('matplotlib') is not None
+
+
+def check_available() -> None:
+    """Raises UserError where matplotlib is not installed."""
+    if not is_available():
+        raise UserError(INSTALL_HINT)
 
 
 def pick_samples(dataset: Any, count: int, seed: int) -> Optional[Samples]:
@@ -107,7 +107,7 @@ def draw_predictions(
             continue
         truth, guess = int(samples.targets[i]), int(predicted[i])
         color = GREEN if truth == guess else RED
-        _show_image(axes, samples.images[i])
+        show_image(axes, samples.images[i])
         for spine in axes.spines.values():
             spine.set(visible=True, color=color, linewidth=2.5)
         axes.set_title(f'{_class_name(class_names, guess)}  {confidence[i]:.0%}', fontsize=10, color=color, pad=5)
@@ -142,7 +142,7 @@ def draw_attention(
     predicted = predict(model, samples, data_config).argmax(dim=-1)
     index = int((predicted == samples.targets).int().argmax())
     image = samples.images[index]
-    layers = collect_projection_maps(model, _normalize(image[None], data_config, model))
+    layers = collect_projection_maps(model, normalize(image[None], data_config, model))
     if not layers:
         return False
 
@@ -153,30 +153,14 @@ def draw_attention(
 @torch.inference_mode()
 def predict(model: nn.Module, samples: Samples, data_config: dict[str, Any]) -> Tensor:
     """Logits of the samples, on the CPU."""
-    return model.eval()(_normalize(samples.images, data_config, model)).float().cpu()
+    return model.eval()(normalize(samples.images, data_config, model)).float().cpu()
 
 
-@torch.inference_mode()
-def collect_projection_maps(model: nn.Module, image: Tensor) -> list[ProjectionMaps]:
-    """Run one normalised image (1, 3, H, W) and keep the dynamic projection of each grid size's first layer."""
-    found: dict[tuple[int, int], ProjectionMaps] = {}
-    handles = []
-    for module in model.modules():
-        if isinstance(module, LongShortAttention2d) and module.to_dynamic_projection is not None:
-
-            def keep(_: nn.Module, args: tuple, maps: Tensor, attention: LongShortAttention2d = module) -> None:
-                feat_size = tuple(args[1])
-                if feat_size not in found:  # layers run in order
-                    grid = maps[0].float().cpu().unflatten(-1, feat_size)  # (h, r, H, W)
-                    found[feat_size] = ProjectionMaps(f'{feat_size[0]} x {feat_size[1]} grid', attention, grid)
-
-            handles.append(module.to_dynamic_projection.register_forward_hook(keep))
-    try:
-        model.eval()(image)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return list(found.values())
+def collect_projection_maps(model: nn.Module, image: Tensor) -> list[Record]:
+    """The dynamic projection of each stage's first block for one normalised image (1, 3, H, W)."""
+    if not isinstance(model, HierarchicalTransformer):
+        return []
+    return [r for r in record(model, image, block=0) if r.projection is not None]
 
 
 def window_bounds(
@@ -199,7 +183,7 @@ def window_bounds(
     return window, keys
 
 
-def _normalize(images: Tensor, data_config: dict[str, Any], model: nn.Module) -> Tensor:
+def normalize(images: Tensor, data_config: dict[str, Any], model: nn.Module) -> Tensor:
     """(B, 3, H, W) uint8 -> what the model was trained on, on its device."""
     device = next(model.parameters()).device
     mean, std = (torch.tensor(data_config[name]).view(1, -1, 1, 1) for name in ('mean', 'std'))
@@ -241,17 +225,17 @@ def _draw_curves(
         spine.set(visible=side == 'bottom', color=LIGHT)
 
 
-def _show_image(axes: 'Axes', image: Tensor) -> None:
+def show_image(axes: 'Axes', image: Tensor) -> None:
     axes.imshow(image.permute(1, 2, 0).numpy(), interpolation='bicubic')
     axes.set(xticks=[], yticks=[])
     for spine in axes.spines.values():
         spine.set_visible(False)
 
 
-def _draw_attention_figure(image: Tensor, truth: str, layers: list[ProjectionMaps]) -> 'Figure':
+def _draw_attention_figure(image: Tensor, truth: str, layers: list[Record]) -> 'Figure':
     """The window on the left, the grid of maps (a row per head) on the right; all lengths in inches."""
-    heads = [(layer, head) for layer in layers for head in range(layer.attention.num_heads)][:12]
-    columns = min(max(layer.attention.rank for layer in layers), 8)
+    heads = [(layer, head) for layer in layers for head in range(layer.num_heads)][:12]
+    columns = min(max(layer.rank for layer in layers), 8)
     cell, gap, header, margin = 1.2, 0.07, 1.05, 0.3
     picture, legend, labels = 3.2, 1.15, 1.05  # the image with the window, the lines below it, the rows' names
     width = margin + picture + labels + columns * cell + margin
@@ -271,20 +255,22 @@ def _draw_attention_figure(image: Tensor, truth: str, layers: list[ProjectionMap
     write(maps_left, 0.3, 'Long range: the dynamic projection', **title)
     write(maps_left, 0.56, 'where each summary takes its content from; numbers: peak over uniform weight', **note)
 
-    _draw_window(place(margin, header, picture), image, layers[0])
+    feat_size = layers[0].feat_size
+    draw_window(place(margin, header, picture), image, layers[0], (feat_size[0] // 2, feat_size[1] // 2))
     for row, (layer, head) in enumerate(heads):
-        for column in range(min(layer.attention.rank, columns)):
+        for column in range(min(layer.rank, columns)):
             axes = place(maps_left + column * cell, header + row * cell, cell - gap)
-            _draw_map(axes, image, layer.maps[head, column])
+            assert layer.projection is not None
+            draw_map(axes, image, layer.projection[head, column])
             if row == 0:
                 axes.set_title(f'summary {column + 1}', fontsize=8, color=GREY, pad=4)
-        write(maps_left - 0.12, header + (row + 0.46) * cell, f'{layer.name}\nhead {head + 1}', fontsize=8, color=INK,
-              ha='right')
+        name = f'{layer.feat_size[0]} x {layer.feat_size[1]} grid\nhead {head + 1}'
+        write(maps_left - 0.12, header + (row + 0.46) * cell, name, fontsize=8, color=INK, ha='right')
     return figure
 
 
-def _draw_map(axes: 'Axes', image: Tensor, weights: Tensor) -> None:
-    """One map as heat over the grey image; the number is its peak as a multiple of the uniform weight."""
+def draw_map(axes: 'Axes', image: Tensor, weights: Tensor) -> None:
+    """A map (H, W) of any sum as heat over the grey image; the number is its peak as a multiple of its mean."""
     extent = (-0.5, image.shape[2] - 0.5, image.shape[1] - 0.5, -0.5)
     grey = image.float().mean(dim=0).numpy() / 255
     axes.imshow(0.35 + 0.65 * grey, cmap='gray', vmin=0, vmax=1, interpolation='bicubic')
@@ -292,34 +278,43 @@ def _draw_map(axes: 'Axes', image: Tensor, weights: Tensor) -> None:
     axes.set(xticks=[], yticks=[])
     for spine in axes.spines.values():
         spine.set_visible(False)
-    peak = float(weights.max()) * weights.numel()
+    peak = float(weights.max() / weights.mean().clamp(min=1e-12))
     axes.text(
         0.97, 0.04, f'{peak:.1f}x', transform=axes.transAxes, ha='right', va='bottom', fontsize=6.5, color='white')
 
 
-def _draw_window(axes: 'Axes', image: Tensor, layer: ProjectionMaps) -> None:
+def draw_window(axes: 'Axes', image: Tensor, layer: Record, query: tuple[int, int]) -> None:
     """The image with a query token, its window, and the keys around it; what the window cannot see is veiled."""
     from matplotlib.patches import Rectangle
 
-    feat_size = (layer.maps.shape[-2], layer.maps.shape[-1])
+    feat_size = layer.feat_size
     scale = (image.shape[1] / feat_size[0], image.shape[2] / feat_size[1])  # pixels per token
-    _show_image(axes, image)
+    show_image(axes, image)
     for i, size in enumerate(feat_size):
         for line in range(1, size):
             draw_line = axes.axhline if i == 0 else axes.axvline
             draw_line(line * scale[i] - 0.5, color='white', linewidth=0.3, alpha=0.5)
-    if layer.attention.window_size == 0:
-        return
-
-    query = (feat_size[0] // 2, feat_size[1] // 2)
-    window, keys = window_bounds(query, feat_size, layer.attention.window_size)
 
     def outline(box: tuple[int, int, int, int], **style: Any) -> None:
         top, left, bottom, right = box
         corner = (left * scale[1] - 0.5, top * scale[0] - 0.5)
         axes.add_patch(Rectangle(corner, (right - left) * scale[1], (bottom - top) * scale[0], **style))
 
-    height, width = feat_size
+    if layer.window_size:
+        _veil_all_but_keys(axes, outline, layer, query)
+    outline((*query, query[0] + 1, query[1] + 1), facecolor='#ff3b30', edgecolor='white', linewidth=0.8)
+
+
+def _veil_all_but_keys(
+        axes: 'Axes',
+        outline: Callable[..., None],
+        layer: Record,
+        query: tuple[int, int],
+) -> None:
+    """Outlines the window and its keys, and says beneath the image what is what."""
+    assert layer.window_size
+    window, keys = window_bounds(query, layer.feat_size, layer.window_size)
+    height, width = layer.feat_size
     veil = dict(facecolor='black', alpha=0.45, linewidth=0)
     outline((0, 0, keys[0], width), **veil)
     outline((keys[2], 0, height, width), **veil)
@@ -327,17 +322,16 @@ def _draw_window(axes: 'Axes', image: Tensor, layer: ProjectionMaps) -> None:
     outline((keys[0], keys[3], keys[2], width), **veil)
     outline(keys, fill=False, edgecolor='#5ac8fa', linewidth=2)
     outline(window, fill=False, edgecolor='#ffd60a', linewidth=2)
-    outline((*query, query[0] + 1, query[1] + 1), facecolor='#ff3b30', edgecolor='white', linewidth=0.8)
     seen = (keys[2] - keys[0]) * (keys[3] - keys[1])
     for line, (text, color) in enumerate((
         ('query', '#ff3b30'),
-        (f'its window, {layer.attention.window_size} x {layer.attention.window_size} queries', '#c79a00'),
+        (f'its window, {layer.window_size} x {layer.window_size} queries', '#c79a00'),
         (f'the {seen} keys that the window sees', '#1f9fd6'),
-        (f'and {layer.attention.rank} summaries of the whole image (right)', GREY),
+        (f'and {layer.rank} summaries of the whole image', GREY),
     )):
-        axes.text(
-            0, -0.05 - 0.07 * line, ('\u25a0  ' if line < 3 else '+  ') + text, transform=axes.transAxes, fontsize=9,
-            color=color, va='top')
+        axes.annotate(
+            ('\u25a0  ' if line < 3 else '+  ') + text, (0, 0), xycoords='axes fraction', xytext=(0, -8 - 14 * line),
+            textcoords='offset points', fontsize=9, color=color, va='top')
 
 
 def _class_name(class_names: Optional[list[str]], index: int) -> str:

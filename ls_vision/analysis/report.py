@@ -82,12 +82,6 @@ class Report:
         return [(ours, theirs) for ours in long_short for theirs in self.models if theirs not in long_short]
 
 
-def check_requirements() -> None:
-    """Raises UserError where plots can't be drawn."""
-    if not pictures.is_available():
-        raise UserError(pictures.INSTALL_HINT)
-
-
 def write(results: Results, folder: Path) -> Path:
     """Writes report.html, scaling.png and summary.md; returns the path of the latter.
 
@@ -212,19 +206,20 @@ def growth_table(report: Report, quantity: Quantity) -> Table:
     columns: dict[str, Callable[[str], Any]] = {'model': lambda model: model}
     for side, name in sizes.items():
         columns[f'{name} px'] = functools.partial(_cell, curves, side)
-    columns['~ pixels^'] = lambda model: _exponent(report.exponent(quantity, model))
+    columns['~ pixels^'] = functools.partial(_exponent_cell, report, quantity)
     return report.models, columns
 
 
 def crossover_table(report: Report) -> Table:
-    """For each model with long-short attention, from which size on it needs less than each without."""
-    rows = [(ours, theirs, quantity) for ours, theirs in report.pairs() for quantity in report.quantities]
-    return rows, {
-        'model': lambda row: row[0],
-        'needs less': lambda row: row[2].less,
-        'than': lambda row: row[1],
-        'where': lambda row: describe(report.curve(row[2], row[0]), report.curve(row[2], row[1])),
-    }
+    """For each model with long-short attention and each without, from which size on the first needs less."""
+    columns: dict[str, Callable[[tuple[str, str]], Any]] = {'model': lambda pair: pair[0], 'than': lambda pair: pair[1]}
+    for quantity in report.quantities:
+        columns[quantity.less] = functools.partial(_crossover_cell, report, quantity)
+    return report.pairs(), columns
+
+
+def _crossover_cell(report: Report, quantity: Quantity, pair: tuple[str, str]) -> str:
+    return describe(*(report.curve(quantity, model) for model in pair))
 
 
 def points_table(report: Report) -> Table:
@@ -256,7 +251,8 @@ def _cell(curves: Mapping[str, Curve], side: float, model: str) -> str:
     return 'out of memory' if value is None else _number(value)
 
 
-def _exponent(value: Optional[float]) -> str:
+def _exponent_cell(report: Report, quantity: Quantity, model: str) -> str:
+    value = report.exponent(quantity, model)
     return '' if value is None else f'{value:.2f}'
 
 
@@ -276,6 +272,33 @@ def summary(report: Report) -> str:
     for quantity in report.quantities:
         parts += [f'## {quantity.name}, {quantity.unit}', markdown(*growth_table(report, quantity))]
     return '\n\n'.join(parts) + '\n'
+
+
+def digest(report: Report, side: float = 1024.) -> str:
+    """What a README says of a run: growth, crossovers, and memory of training at one size."""
+    columns: dict[str, Callable[[str], Any]] = {'grows ~ pixels^': lambda model: f'`{model}`'}
+    for quantity in report.quantities:
+        columns[quantity.name] = functools.partial(_exponent_cell, report, quantity)
+    return '\n\n'.join([
+        markdown(report.models, columns), 'Where long-short attention needs less:', markdown(*crossover_table(report)),
+        compare_at(report, report.quantities[-1], side),
+        f'{_describe_run(report)} `{report.results.machine["command"]}`'])
+
+
+def compare_at(report: Report, quantity: Quantity, side: float) -> str:
+    """A quantity of all models at one size, as multiples of the first's."""
+    curves = {model: report.curve(quantity, model) for model in report.models}
+    ours = curves[report.models[0]].get(side)
+    if ours is None:
+        return f'{quantity.name} at {side:.0f} px was not measured.'
+    texts = [f'`{report.models[0]}` {_number(ours)} {quantity.unit}']
+    for model in report.models[1:]:
+        value = curves[model].get(side)
+        if value is not None:
+            texts.append(f'`{model}` {_number(value)} {quantity.unit} ({value / ours:.2f} times)')
+        elif side in curves[model]:
+            texts.append(f'`{model}` out of memory')
+    return f'{quantity.name} at {side:.0f} px: {", ".join(texts)}.'
 
 
 def _describe_run(report: Report) -> str:

@@ -49,12 +49,18 @@ def test_crossover(ours, theirs, expected, text):
 def test_summary_states_crossover_and_slopes(results):
     path = results.path.with_name('summary.md')
     lines = path.read_text().splitlines()
-    crossed = next(line for line in lines if 'time for inference' in line)
+    crossed = lines[next(i for i, line in enumerate(lines) if 'time for inference' in line) + 2]
     assert 'from about 317 px on' in crossed  # where 2 x = x ** 2
     slopes = {line.split('|')[1].strip(): line.split('|')[-2].strip() for line in lines if line.startswith('| vil_')}
     assert slopes['vil_ls_medium'] == '1.00' and slopes['vil_full_medium'] == '2.00'
     assert any('out of memory' in line for line in lines)
     assert (path.parent / 'scaling.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_digest_compares_memory_at_a_size(results):
+    text = report.digest(report.Report(results), side=448)
+    assert '`vil_ls_medium` 8.00 GiB, `vil_full_medium` 16.0 GiB (2.00 times)' in text
+    assert '`vil_full_medium` out of memory' in report.digest(report.Report(results), side=896)
 
 
 @pytest.fixture(scope='module')

@@ -37,9 +37,9 @@ def test_window_bounds_are_what_the_layer_computes(window_size):
 def test_maps_are_distributions_over_the_grid():
     model = timm.create_model('vil_ls_tiny', img_size=64, num_classes=3)
     layers = collect_projection_maps(model, torch.randn(1, 3, 64, 96))
-    assert [tuple(layer.maps.shape) for layer in layers] == [(1, 8, 16, 24), (3, 8, 8, 12)]
+    assert [tuple(layer.projection.shape) for layer in layers] == [(1, 8, 16, 24), (3, 8, 8, 12)]
     for layer in layers:
-        torch.testing.assert_close(layer.maps.sum((-2, -1)), torch.ones(layer.maps.shape[:2]))
+        torch.testing.assert_close(layer.projection.sum((-2, -1)), torch.ones(layer.projection.shape[:2]))
 
 
 def test_model_without_maps():

@@ -1,0 +1,18 @@
+"""Sections of the README that benchmarks write."""
+from pathlib import Path
+
+
+def replace_section(path: Path, name: str, text: str) -> None:
+    """Puts a text between the markers `<!-- NAME -->` and `<!-- /NAME -->`.
+
+    Raises:
+        ValueError: The file has no such markers.
+    """
+    start, end = f'<!-- {name} -->\n', f'<!-- /{name} -->'
+    content = path.read_text()
+    if content.count(start) != 1 or content.count(end) != 1:
+        raise ValueError(f'{path} has no section between {start.strip()} and {end}.')
+    before, rest = content.split(start)
+    new = path.with_name(f'{path.name}.new')
+    new.write_text(before + start + text.strip('\n') + '\n' + end + rest.split(end)[1])
+    new.replace(path)

@@ -1,0 +1,84 @@
+"""Draws what a block of a model attends to in an image: one PNG sheet, and all arrays of it as .npz.
+
+    ls-vision attention photo.jpg --model vil_ls_medium --checkpoint model_best.pth
+    ls-vision attention photo.jpg --model vil_ls_medium --checkpoint model_best.pth --stage 1 --block 3 --pixel 120 340
+    ls-vision attention photo.jpg --model vil_ls_tiny --checkpoint output/cifar10/model_best.pth.tar \\
+        --model-kwargs img_size=32 patch_size=4 num_classes=10
+
+On the sheet are the attention of a pixel to its window and, through the summaries, to the whole image, the share of
+each, attention rollout, and the maps of the dynamic projection of every head. In Python: `ls_vision.inspect`.
+"""
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import timm
+from PIL import Image
+from timm.utils import ParseKwargs
+from torch import nn
+
+from ls_vision.analysis import attention_sheet, pictures
+from ls_vision.analysis.zoo import check_model, default_size, parse_size
+from ls_vision.training.errors import UserError, first_line
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('image', type=Path, metavar='IMAGE', help='a picture file')
+    parser.add_argument('--model', default='vil_ls_medium', help="one of this package's (default: %(default)s)")
+    parser.add_argument('--checkpoint', type=Path, help='weights; random ones without it')
+    parser.add_argument(
+        '--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='NAME=VALUE',
+        help='how the model was built')
+    parser.add_argument(
+        '--img-size', metavar='SIZE',
+        help='what the image is resized to (default: shorter side as the model is made for, shape kept)')
+    parser.add_argument('--stage', type=int, default=0, help='number from 0 (default: %(default)s)')
+    parser.add_argument('--block', type=int, default=0, help='of the stage, from 0 (default: %(default)s)')
+    parser.add_argument(
+        '--pixel', type=int, nargs=2, metavar=('ROW', 'COLUMN'), help='of the picture file (default: its centre)')
+    parser.add_argument('--out', type=Path, default=Path('attention.png'), help='sheet; arrays go beside it, as .npz')
+
+
+def run(args: argparse.Namespace) -> None:
+    pictures.check_available()
+    model = load_model(args)
+    shorter = min(getattr(model, 'img_size', default_size(args.model)))
+    size = None if args.img_size is None else parse_size(args.img_size)
+    image = attention_sheet.load_image(args.image, size, shorter)
+    weights = f'weights of {args.checkpoint.name}' if args.checkpoint else 'random weights'
+    title = f'{args.model}, {weights}: {args.image.name} at {image.shape[1]} x {image.shape[2]}'
+    sheet = attention_sheet.look(model, image, args.stage, args.block, share_of_image(args), title)
+    attention_sheet.draw(sheet, args.out)
+    arrays = args.out.with_suffix('.npz')
+    np.savez_compressed(arrays, **sheet.arrays())  # type: ignore[arg-type]
+    if not args.checkpoint:
+        print('No --checkpoint: this is the attention of a model that has learned nothing.', file=sys.stderr)
+    print(f'{args.out}, {arrays}')
+
+
+def load_model(args: argparse.Namespace) -> nn.Module:
+    """Raises UserError where there is no such model or the weights are not its."""
+    check_model(args.model)
+    if args.checkpoint is not None and not args.checkpoint.is_file():
+        raise UserError(f'--checkpoint {args.checkpoint}: no such file')
+    try:
+        return timm.create_model(args.model, checkpoint_path=args.checkpoint, **args.model_kwargs).eval()
+    except (KeyError, OSError, RuntimeError, TypeError, ValueError) as e:
+        raise UserError(f'{args.model} can not be built with these arguments and weights: {first_line(e)}') from e
+
+
+def share_of_image(args: argparse.Namespace) -> tuple[float, float] | None:
+    """Where the pixel lies, as shares of height and width; None where none was named.
+
+    Raises:
+        UserError: It lies outside.
+    """
+    if args.pixel is None:
+        return None
+    with Image.open(args.image) as image:
+        width, height = image.size
+    row, col = args.pixel
+    if not (0 <= row < height and 0 <= col < width):
+        raise UserError(f'--pixel {row} {col}: outside of {args.image.name}, which is {height} x {width}')
+    return (row + 0.5) / height, (col + 0.5) / width

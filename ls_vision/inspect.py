@@ -1,0 +1,257 @@
+"""What the attention of a model looks at: `record(model, image)` runs it once and keeps the weights of its blocks.
+
+    model = timm.create_model('vil_ls_small', checkpoint_path=...)
+    records = record(model, image)                        # (1, 3, H, W), normalised
+    records[0].projection                                 # (h, r, H, W) maps of the dynamic projection
+    records[0].at(row=5, col=7).window                    # (h, H, W) weights of a token's window
+    rollout(model, records)                               # (H, W) of the first grid
+
+Nothing of this is in the model: it computes its weights in the open for the one call and is then what it was.
+
+Shapes: H x W grid of a block, N = H * W local tokens, g global tokens, L = g + N, h heads, r rank, M = r + g additional
+keys, T windows, Q = w * w queries and K = (w + 2p)^2 keys of a window.
+"""
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Optional, cast
+
+import torch
+from torch import Tensor, nn
+
+from ls_vision.layers import FullAttention2d, LongShortAttention2d
+from ls_vision.models import HierarchicalTransformer
+from ls_vision.ops.geometry import window_key_index, window_query_index
+from ls_vision.ops.weights import attention_weights
+
+
+@dataclass
+class PixelAttention:
+    """Where one token's attention goes; all weights of a head sum to 1."""
+    window: Tensor
+    """(h, H, W) weights of the tokens that it sees as they are."""
+    summaries: Tensor
+    """(h, r) weights of the summaries of the image; r is 0 for full attention."""
+    global_tokens: Tensor
+    """(h, g) weights of the global tokens."""
+    long_range: Tensor
+    """(h, H, W): what the summaries' weights come to, each spread over the image as its map of the projection."""
+
+    @property
+    def shares(self) -> Tensor:
+        """(h, 3): how much goes to the window, to the summaries and to the global tokens."""
+        parts = self.window.flatten(1), self.summaries, self.global_tokens
+        return torch.stack([part.sum(-1) for part in parts], dim=-1)
+
+
+@dataclass
+class Record:
+    """The attention weights of one block for one image."""
+    stage: int
+    block: int
+    feat_size: tuple[int, int]
+    num_global_tokens: int
+    window_size: Optional[int]
+    """None for full attention; 0 for long-short attention without a window."""
+    weights: Tensor
+    """Of local queries, (T, h, Q, M + K) in windows or (h, N, M) without them; (h, L, L) of full attention."""
+    projection: Optional[Tensor]
+    """(h, r, H, W), each map of which sums to 1; None where there is no dynamic projection."""
+    global_weights: Optional[Tensor]
+    """(h, g, L) of the global tokens' queries in long-short attention."""
+
+    @property
+    def name(self) -> str:
+        return f'stages.{self.stage}.blocks.{self.block}'
+
+    @property
+    def num_heads(self) -> int:
+        return self.weights.shape[1 if self.window_size else 0]
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.projection is None else self.projection.shape[1]
+
+    def at(self, row: int, col: int) -> PixelAttention:
+        """The attention of one token of the grid.
+
+        Raises:
+            ValueError: The grid has no such token.
+        """
+        H, W = self.feat_size
+        if not (0 <= row < H and 0 <= col < W):
+            raise ValueError(f'token ({row}, {col}) is outside of the grid of {self.name}, {H} x {W}.')
+        query = torch.zeros(H * W)
+        query[row * W + col] = 1.
+        tokens, additional = self._spread(query)
+        summaries, global_tokens = additional.split([self.rank, self.num_global_tokens], dim=-1)
+        window = tokens.unflatten(-1, (H, W))
+        long_range = torch.zeros_like(window)
+        if self.projection is not None:
+            long_range = torch.einsum('hr,hrxy->hxy', summaries, self.projection)
+        return PixelAttention(window, summaries, global_tokens, long_range)
+
+    def pull(self, relevance: Tensor) -> Tensor:
+        """Where the attention of tokens comes from in the end: relevance times the matrix of weights.
+
+        Args:
+            relevance: (L,) of the block's output tokens, global ones first.
+
+        Returns:
+            (L,) of its input tokens, the mean over heads; the sum is that of the relevance.
+        """
+        g = self.num_global_tokens
+        tokens, additional = self._spread(relevance[g:])
+        summaries, global_tokens = additional.split([self.rank, g], dim=-1)
+        if self.projection is not None:
+            tokens = tokens + torch.einsum('hr,hrn->hn', summaries, self.projection.flatten(2))
+        pulled = torch.cat([global_tokens, tokens], dim=-1)  # (h, L)
+        if g > 0:
+            rows = self.weights[:, :g] if self.window_size is None else self.global_weights
+            assert rows is not None
+            pulled = pulled + torch.einsum('g,hgl->hl', relevance[:g], rows)
+        return pulled.mean(0)
+
+    def _spread(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums over local queries, weighted by (N,), of their weights: (h, N) of tokens, (h, M) of additional keys."""
+        g, N = self.num_global_tokens, self.feat_size[0] * self.feat_size[1]
+        if self.window_size is None:
+            spread = torch.einsum('n,hnl->hl', queries, self.weights[:, g:])
+            return spread[:, g:], spread[:, :g]
+        if self.window_size == 0:
+            spread = torch.einsum('n,hnm->hm', queries, self.weights)
+            return spread.new_zeros(spread.shape[0], N), spread
+        keys, _ = window_key_index(self.feat_size, self.window_size, queries.device)  # (T, K)
+        _, to_raster = window_query_index(self.feat_size, self.window_size, queries.device)  # (N,)
+        T, h, Q, _ = self.weights.shape
+        in_windows = queries.new_zeros(T * Q).index_copy(0, to_raster, queries).view(T, Q)  # 0 outside of the grid
+        spread = torch.einsum('tq,thqk->htk', in_windows, self.weights)
+        additional, windows = spread.split([spread.shape[-1] - keys.shape[1], keys.shape[1]], dim=-1)
+        tokens = spread.new_zeros(h, N).index_add(1, keys.flatten(), windows.flatten(1))
+        return tokens, additional.sum(1)
+
+
+def record(
+        model: nn.Module,
+        image: Tensor,
+        stage: Optional[int] = None,
+        block: Optional[int] = None,
+) -> list[Record]:
+    """Runs an image through a model and keeps its attention weights.
+
+    Args:
+        model: One of this package's models.
+        image: (1, C, H, W), normalised as the model wants it.
+        stage: Keep this stage alone, by its number from 0.
+        block: Keep this block of each stage alone, by its number from 0.
+
+    Returns:
+        A record for each block, in their order, on the CPU in float32.
+
+    Raises:
+        ValueError: The model is none of this package's or has no such block, or there is more than one image.
+    """
+    if not isinstance(model, HierarchicalTransformer):
+        raise ValueError(f'{type(model).__name__} is not a model of ls_vision, whose attention alone can be recorded.')
+    if image.dim() != 4 or image.shape[0] != 1:
+        raise ValueError(f'image has shape {list(image.shape)}, expected one image, (1, channels, height, width).')
+    blocks = [list(part.blocks) for part in cast(Any, model.stages)]
+    chosen = {
+        (i, j): member.attn for i, members in enumerate(blocks) for j, member in enumerate(members)
+        if stage in (None, i) and block in (None, j)}
+    if not chosen:
+        depths = [len(members) for members in blocks]
+        raise ValueError(f'no stage {stage} with a block {block}; the stages have {depths} blocks, numbered from 0.')
+    training = model.training
+    model.eval()
+    try:
+        with contextlib.ExitStack() as stack, torch.no_grad():
+            notes = {key: stack.enter_context(_listening(layer)) for key, layer in chosen.items()}
+            model(image)
+    finally:
+        model.train(training)
+    return [_make_record(*key, layer, notes[key]) for key, layer in chosen.items()]
+
+
+@contextlib.contextmanager
+def _listening(layer: nn.Module) -> Iterator[dict[str, Any]]:
+    """What a layer computes on its way, by name, while the context lasts."""
+    assert isinstance(layer, (FullAttention2d, LongShortAttention2d))
+    notes: dict[str, Any] = {}
+
+    def note(name: str) -> Any:
+        return lambda module, args, out: notes.update({name: out[0].float().cpu()})
+
+    handles = [
+        layer.register_forward_pre_hook(lambda module, args: notes.update(feat_size=tuple(args[1]))),
+        # windows are a batch: all of them, not the first
+        layer.attn_drop.register_forward_hook(lambda module, args, out: notes.update(weights=out.float().cpu())),
+    ]
+    fused_attn = layer.fused_attn
+    layer.fused_attn = False  # type: ignore[misc]  # weights go through `attn_drop` then
+    if isinstance(layer, LongShortAttention2d):
+        if layer.to_dynamic_projection is not None:
+            handles.append(layer.to_dynamic_projection.register_forward_hook(note('projection')))
+        attend_globally = layer._attend_globally
+
+        def attend_and_note(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            q_heads, k_heads = (x.unflatten(-1, (layer.num_heads, -1)).transpose(1, 2) for x in (q, k))
+            notes['global_weights'] = attention_weights(q_heads, k_heads, None, layer.scale)[0].float().cpu()
+            return attend_globally(q, k, v)
+
+        layer._attend_globally = attend_and_note  # type: ignore[method-assign]
+    try:
+        yield notes
+    finally:
+        layer.fused_attn = fused_attn  # type: ignore[misc]
+        layer.__dict__.pop('_attend_globally', None)
+        for handle in handles:
+            handle.remove()
+
+
+def _make_record(stage: int, block: int, layer: nn.Module, notes: dict[str, Any]) -> Record:
+    assert isinstance(layer, (FullAttention2d, LongShortAttention2d))
+    window_size = layer.window_size if isinstance(layer, LongShortAttention2d) else None
+    weights, projection = notes['weights'], notes.get('projection')
+    if projection is not None:
+        projection = projection.unflatten(-1, notes['feat_size'])
+    return Record(
+        stage, block, notes['feat_size'], layer.num_global_tokens, window_size,
+        weights if window_size else weights[0], projection, notes.get('global_weights'))
+
+
+def rollout(records: Sequence[Record]) -> Tensor:
+    """Attention rollout (Abnar and Zuidema, arXiv 2005.00928): what of the image the pooled features come from.
+
+    Each block passes relevance on by half its weights, the mean of the heads, and half the residual. It starts evenly
+    over the last grid, which the classifier averages. A token of a later stage is made of the tokens beneath it, to
+    which it passes on its relevance in equal parts (overlap of CvT's patches is left out); what goes to global tokens,
+    which hold nothing of the image when a stage begins, is lost and the rest scaled to a sum of 1.
+
+    Args:
+        records: Of all blocks of the model's stages from the first on.
+
+    Returns:
+        (H, W) over the first stage's grid, sum 1.
+    """
+    last = records[-1]
+    grid = torch.full(last.feat_size, 1. / (last.feat_size[0] * last.feat_size[1]))
+    for stage in range(last.stage, -1, -1):
+        blocks = [r for r in records if r.stage == stage]
+        if [r.block for r in blocks] != list(range(len(blocks))) or not blocks:
+            raise ValueError(f'stage {stage} is incomplete; rollout needs the records of all blocks.')
+        grid = _refine(grid, blocks[-1].feat_size)
+        relevance = torch.cat([torch.zeros(blocks[-1].num_global_tokens), grid.flatten()])
+        for member in reversed(blocks):
+            relevance = 0.5 * relevance + 0.5 * member.pull(relevance)
+        grid = relevance[blocks[0].num_global_tokens:].view(blocks[0].feat_size)
+        grid = grid / grid.sum()
+    return grid
+
+
+def _refine(grid: Tensor, feat_size: tuple[int, int]) -> Tensor:
+    """Divides each cell among those of a finer grid that lie in it."""
+    rows, cols = (
+        torch.arange(fine) * coarse // fine for fine, coarse in zip(feat_size, grid.shape))
+    counts = torch.bincount(rows, minlength=grid.shape[0])[:, None] * torch.bincount(cols, minlength=grid.shape[1])
+    return (grid / counts)[rows][:, cols]
