@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 .PHONY: help install browser demo test test-all test-timm lint clean
 
 help:
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 install: $(VENV)/.installed  ## the environment in .venv, with everything that demo and tests need
 

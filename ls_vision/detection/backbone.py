@@ -44,9 +44,10 @@ class PyramidBackbone(nn.Module):
         """
         super().__init__()
         # 'getter' gives NCHW maps of every model and checkpoints block by block where the model does.
+        model_kwargs = {**_any_image_size(name), **model_kwargs}
         body: Any = timm.create_model(
-            name, features_only=True, feature_cls='getter', out_indices=_find_levels(name, strides),
-            **{**_any_image_size(name), **model_kwargs})
+            name, features_only=True, feature_cls='getter', out_indices=_find_levels(name, strides, model_kwargs),
+            **model_kwargs)
         self.body = body
         if trainable_stages is not None:
             freeze_stages(body.model, trainable_stages)
@@ -86,10 +87,10 @@ def freeze_stages(model: Any, trainable_stages: int) -> None:
             model.set_submodule(name, freeze_batch_norm_2d(module))
 
 
-def _find_levels(name: str, strides: Sequence[int]) -> list[int]:
+def _find_levels(name: str, strides: Sequence[int], model_kwargs: dict[str, Any]) -> list[int]:
     """Indices of the feature maps of those strides, the last one where a model has several."""
     with torch.device('meta'):
-        model: Any = timm.create_model(name)
+        model: Any = timm.create_model(name, **{**model_kwargs, 'pretrained': False, 'checkpoint_path': ''})
     index = {info['reduction']: i for i, info in enumerate(model.feature_info)}
     if not strides or list(strides) != sorted(set(strides)) or not set(strides) <= index.keys():
         raise ValueError(f'strides {tuple(strides)}: {name} has feature maps of strides {sorted(index)}; '

@@ -161,8 +161,11 @@ def add_optimizer_args(group: argparse._ArgumentGroup) -> None:
                        help='how the rate grows with the batch; sqrt for adaptive optimisers, else linear if not set')
     group.add_argument('--sched', default='cosine', help='timm schedule name')
     group.add_argument('--sched-on-updates', action='store_true', help='step the schedule per update, not per epoch')
+    group.add_argument('--decay-milestones', type=int, nargs='+', default=[90, 180, 270], metavar='N',
+                       help='epochs after which a multistep schedule lowers the rate')
+    group.add_argument('--decay-rate', type=float, default=0.1, help='by this factor')
     group.add_argument('--epochs', type=int, default=300, help='epochs')
-    group.add_argument('--warmup-epochs', type=int, default=5, help='epochs of linear warm-up')
+    group.add_argument('--warmup-epochs', type=float, default=5, help='epochs of linear warm-up')
     group.add_argument('--warmup-lr', type=float, default=1e-5, help='learning rate at the start of the warm-up')
     group.add_argument('--warmup-prefix', action='store_true', help='warm-up comes before, not within, the epochs')
     group.add_argument('--cooldown-epochs', type=int, default=0, help='epochs at the lowest rate after the schedule')

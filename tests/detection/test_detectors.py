@@ -119,6 +119,12 @@ def test_wrong_arguments(kwargs, message):
         tiny_detector(**kwargs)
 
 
+def test_strides_follow_the_arguments_of_the_backbone():
+    kwargs = dict(patch_size=8, embed_dims=[16, 32], num_heads=[1, 2], depths=[1, 1], num_global_tokens=1)
+    model = tiny_detector(strides=(8, 16), backbone_kwargs=kwargs)
+    assert [tuple(x.shape[-2:]) for x in model.backbone(torch.rand(1, 3, 64, 128)).values()][:2] == [(8, 16), (4, 8)]
+
+
 def test_arguments_of_the_backbone():
     model = tiny_detector(backbone_kwargs=dict(TINY, drop_path_rate=0.5))
     assert model.backbone.body.model.stages[3].blocks[0].drop_path1.drop_prob == 0.5
