@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install browser demo test test-all test-timm lint clean
+.PHONY: help install browser demo demo-detection test test-all test-timm lint clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -21,6 +21,10 @@ $(VENV)/.installed: pyproject.toml
 demo: install  ## the main job: a small ViL-LS trained on CIFAR-10
 	$(BIN)/python -m ls_vision.data.cifar10 --data-dir data/cifar10
 	$(BIN)/python train_imagenet.py --config configs/cifar10.yaml
+
+demo-detection: install  ## a detector trained on one aerial photograph and tested on another, in output/deepforest
+	$(BIN)/python -m ls_vision.data.deepforest --data-dir data/deepforest
+	$(BIN)/python train_detection.py --config configs/detection/deepforest.yaml
 
 browser:  ## a Chromium for the tests of pages, Debian's where there is none
 	@for name in chromium chromium-browser google-chrome google-chrome-stable; do command -v $$name && exit 0; done; \
