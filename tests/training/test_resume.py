@@ -106,6 +106,16 @@ def count_rows(path: Path) -> int:
     return path.read_text().count('\n') if path.exists() else 0
 
 
+def descendants(number: int) -> list[int]:
+    """A process and all that came from it, as Linux and macOS list them."""
+    listing = subprocess.run(['ps', '-A', '-o', 'pid=,ppid='], capture_output=True, text=True, check=True).stdout
+    parents = [tuple(map(int, line.split())) for line in listing.splitlines()]
+    found = [number]
+    for parent in found:  # grows as it goes
+        found += [child for child, of in parents if of == parent]
+    return found
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('num_processes', [1, 2])
 def test_five_kills_at_random_moments(arguments, tmp_path, num_processes):
@@ -118,13 +128,13 @@ def test_five_kills_at_random_moments(arguments, tmp_path, num_processes):
     output = tmp_path / 'output' / 'killed'
     for kill in range(5):
         process = subprocess.Popen(
-            [*command, '--experiment', 'killed'], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            start_new_session=True)
+            [*command, '--experiment', 'killed'], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while count_rows(output / 'metrics.jsonl') < 7 * 4 * kill + rng.randrange(1, 24):
             assert process.poll() is None
             time.sleep(.01)
         time.sleep(rng.random() / 2)
-        os.killpg(process.pid, signal.SIGKILL)
+        for number in descendants(process.pid):  # torchrun's processes would outlive it
+            os.kill(number, signal.SIGKILL)
         process.wait()
     subprocess.run([*command, '--experiment', 'killed'], check=True, capture_output=True, timeout=400)
     assert_same_outcome(tmp_path / 'output' / 'unbroken', output)

@@ -1,0 +1,222 @@
+#!/usr/bin/env python3
+"""Evaluate an image classifier, any of timm's, on ImageNet, one of its variants, or any folder of images.
+
+    python eval_imagenet.py --model vil_ls_medium --checkpoint model_best.pth.tar --data-dir imagenet
+    python eval_imagenet.py --model vil_ls_medium --pretrained --data-dir imagenet-a --variant a --results-file a.json
+    python eval_imagenet.py --model vil_ls_medium_384 --checkpoint last.pth.tar --data-dir imagenet-c --variant c
+    python eval_imagenet.py --model vil_ls_tiny --num-classes 10 --checkpoint last.pth.tar --data-dir mine/val
+    torchrun --nproc_per_node 8 eval_imagenet.py ...        # the same figures, to the last digit
+
+Prints top-1 and top-5 with the number of images behind them as a Markdown row, and writes them to the files that
+`--results-file` names, as JSON, CSV or Markdown by their endings. An image that cannot be read counts as wrong.
+"""
+import argparse
+import csv
+import io
+import json
+import os
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault('OMP_WAIT_POLICY', 'passive')  # see train_imagenet.py
+
+import torch
+from timm.data import create_dataset, resolve_input_data_config
+from timm.utils import ParseKwargs
+from torch import nn
+
+from ls_vision.data.images import StrictImageDataset
+from ls_vision.evaluation import imagenet
+from ls_vision.evaluation.predictions import Predictions, accuracy, predict
+from ls_vision.training.checkpoint import atomic_write, load_weights
+from ls_vision.training.config import check_device, parse_strictly
+from ls_vision.training.distributed import Processes, join_processes
+from ls_vision.training.engine import autocast
+from ls_vision.training.errors import UserError, first_line
+from ls_vision.training.loaders import SPLIT_FOLDERS, class_to_idx, create_eval_loader
+from ls_vision.training.logs import say
+from ls_vision.training.models import create_model
+
+SUFFIXES = ('.json', '.csv', '.md')
+COLUMNS = ('model', 'variant', 'img_size', 'top1', 'top5', 'mce', 'images', 'unreadable')
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Evaluate, print and write; returns the figures."""
+    try:
+        args = parse_args(argv)
+        processes = join_processes(args.device)
+        try:
+            return run(args, processes)
+        finally:
+            processes.close()
+    except UserError as e:
+        sys.exit(f'error: {e}')
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """timm's names; checked."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    add = parser.add_argument
+    add('--data-dir', metavar='DIR', help='dataset folder: one sub-folder per class, or per split above them; or a tar')
+    add('--dataset', default='', help='timm dataset name, e.g. hfds/...; empty reads a folder or tar')
+    add('--split', default='validation', help='split of such a dataset (%(default)s)')
+    add('--variant', default='val', choices=imagenet.VARIANTS, help='kind of ImageNet (%(default)s)')
+    add('--model', default='vil_ls_tiny', help='timm model name (%(default)s)')
+    add('--model-kwargs', nargs='*', default={}, action=ParseKwargs, help='constructor arguments, k=v')
+    add('--num-classes', type=int, default=imagenet.NUM_CLASSES, help="the model's classes (%(default)s)")
+    add('--checkpoint', default='', metavar='PATH', help='weight file; averaged weights where it has them')
+    add('--pretrained', action='store_true', help='evaluate the published weights')
+    add('--img-size', type=int, help="image size; the model's own if not set")
+    add('--crop-pct', type=float, help="crop / resize ratio; the model's own if not set, as the three below")
+    add('--mean', type=float, nargs='+', help='pixel mean')
+    add('--std', type=float, nargs='+', help='pixel standard deviation')
+    add('--interpolation', default='', help='resize')
+    add('-b', '--batch-size', type=int, default=256, help='batch of one process (%(default)s)')
+    add('-j', '--workers', type=int, default=4, help='loader processes (%(default)s)')
+    add('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='torch device (%(default)s)')
+    add('--amp', action='store_true', help='automatic mixed precision')
+    add('--amp-dtype', default='float16', choices=('float16', 'bfloat16'), help='its lower precision (%(default)s)')
+    add('--channels-last', action='store_true', help='channels-last memory layout')
+    add('--results-file', nargs='+', default=[], metavar='PATH', help='.json, .csv or .md files to write')
+    args = parse_strictly(parser, argv)
+    check_args(args)
+    return args
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Refuse what would only fail, or mislead, after work has been done."""
+    if not args.data_dir and not args.dataset:
+        raise UserError('no data: pass --data-dir (a folder with one sub-folder per class)')
+    if args.data_dir and not Path(args.data_dir).exists():
+        raise UserError(f'--data-dir {args.data_dir} does not exist')
+    if bool(args.checkpoint) == args.pretrained:
+        raise UserError('pass either --checkpoint or --pretrained: random weights have no accuracy')
+    for name in ('num_classes', 'img_size', 'batch_size'):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UserError(f'--{name.replace("_", "-")} {getattr(args, name)}: must be 1 or more')
+    if args.variant != 'val' and args.num_classes != imagenet.NUM_CLASSES:
+        raise UserError(f'--variant {args.variant} is for models of 1000 classes, not --num-classes {args.num_classes}')
+    for path in args.results_file:
+        if Path(path).suffix not in SUFFIXES:
+            raise UserError(f'--results-file {path}: the ending must be one of {", ".join(SUFFIXES)}')
+        if not Path(path).parent.is_dir():
+            raise UserError(f'--results-file {path}: its folder does not exist')
+    check_device(args.device)
+
+
+def run(args: argparse.Namespace, processes: Processes) -> dict[str, Any]:
+    """The whole job for checked arguments."""
+    model = create_model(args, args.num_classes)
+    if args.checkpoint:
+        load_weights(model, args.checkpoint)
+    model.to(processes.device)
+    if args.channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    data_config = resolve_input_data_config(model, args=vars(args))
+
+    evaluate = partial(evaluate_folder, args, processes, model, data_config)
+    if args.variant == 'c':
+        figures = evaluate_corruptions(Path(args.data_dir), evaluate)
+    else:
+        figures, _ = evaluate(find_classes(args), title=args.variant)
+    result = dict(
+        model=args.model, variant=args.variant, img_size=data_config['input_size'][-1], **figures,
+        checkpoint=args.checkpoint or None, crop_pct=data_config['crop_pct'],
+        interpolation=data_config['interpolation'], parameters=sum(p.numel() for p in model.parameters()))
+    report(result, args.results_file, processes)
+    return result
+
+
+def find_classes(args: argparse.Namespace) -> Path | None:
+    """The folder with one sub-folder per class: --data-dir, or its validation split; None for a named dataset."""
+    if args.dataset:
+        return None
+    root = Path(args.data_dir)
+    return next((root / name for name in SPLIT_FOLDERS['validation'] if (root / name).is_dir()), root)
+
+
+def evaluate_folder(
+        args: argparse.Namespace,
+        processes: Processes,
+        model: nn.Module,
+        data_config: dict[str, Any],
+        folder: Path | None,
+        title: str,
+) -> tuple[dict[str, float], Predictions]:
+    """Figures of one set of images, and the predictions behind them."""
+    classes = imagenet.subset(args.variant)
+    dataset = open_dataset(args, folder, classes)
+    loader = create_eval_loader(dataset, args.batch_size, args.workers, data_config, processes)
+    predictions = predict(
+        model, loader, processes, classes, partial(autocast, args, processes.device), title=title)
+    if args.variant == 'real':
+        return imagenet.real_accuracy(
+            predictions, (dataset.filename(i, basename=True) for i in range(len(dataset)))), predictions
+    return accuracy(predictions), predictions
+
+
+def open_dataset(args: argparse.Namespace, folder: Path | None, classes: torch.Tensor | None) -> Any:
+    """The images, with targets that number the model's classes or, where these are fewer, the variant's."""
+    try:
+        if folder is None:
+            return create_dataset(args.dataset, root=args.data_dir, split=args.split, batch_size=args.batch_size)
+        found = class_to_idx(create_dataset('', root=str(folder), search_split=False))
+        numbers = imagenet.class_map(found, args.num_classes, classes)
+        return StrictImageDataset(
+            create_dataset('', root=str(folder), search_split=False, class_map=numbers), replace=False)
+    except (RuntimeError, OSError, ValueError, ImportError, AssertionError) as e:
+        raise UserError(f'{folder or args.dataset}: {first_line(e)}') from e
+
+
+def evaluate_corruptions(root: Path, evaluate: Any) -> dict[str, Any]:
+    """ImageNet-C: mean corruption error, and accuracy over all images of all corruptions."""
+    figures = {}
+    for (corruption, severity), folder in imagenet.corruption_folders(root).items():
+        title = f'{corruption} {severity}'
+        figures[corruption, severity], _ = evaluate(folder, title=title)
+        say(f'{title}: top-1 {figures[corruption, severity]["top1"]:.2f} %')
+    errors = imagenet.mean_corruption_error({key: found['top1'] for key, found in figures.items()})
+    images = sum(found['images'] for found in figures.values())
+    means = {
+        name: sum(found[name] * found['images'] for found in figures.values()) / images for name in ('top1', 'top5')}
+    return dict(
+        **means, mce=errors.pop('mce'), images=images,
+        unreadable=sum(found['unreadable'] for found in figures.values()), corruption_errors=errors)
+
+
+def report(result: dict[str, Any], paths: list[str], processes: Processes) -> None:
+    """Print the figures and write the files."""
+    row = {name: result[name] for name in COLUMNS if name in result}
+    text = {'.json': json.dumps(result, indent=1) + '\n', '.csv': csv_text(row), '.md': markdown(row)}
+    say(text['.md'].rstrip())
+    if result['unreadable']:
+        say(f'{result["unreadable"]:,} of {result["images"]:,} images could not be read; they count as wrong')
+    if processes.is_primary:
+        for path in map(Path, paths):
+            content = text[path.suffix].encode()
+            atomic_write(path, lambda file: file.write(content))  # noqa: B023  written at once
+
+
+def csv_text(row: dict[str, Any]) -> str:
+    file = io.StringIO()
+    writer = csv.DictWriter(file, row, lineterminator='\n')
+    writer.writeheader()
+    writer.writerow(row)
+    return file.getvalue()
+
+
+def markdown(row: dict[str, Any]) -> str:
+    cells = [f'{value:.3f}' if isinstance(value, float) else f'{value:,}' if isinstance(value, int) else value
+             for value in row.values()]
+    return '\n'.join(f'| {" | ".join(line)} |' for line in (row, ['---'] * len(row), cells)) + '\n'
+
+
+if __name__ == '__main__':
+    main()
