@@ -178,3 +178,21 @@ def test_one_clear_error(config, extra, message):
     with pytest.raises(SystemExit, match=message) as error:
         run(config, *extra)
     assert str(error.value.code).startswith('error: ')
+
+
+@pytest.mark.parametrize('name', ['coco_retinanet_1x', 'coco_mask_rcnn_3x', 'deepforest'])
+def test_recipes_build(name):
+    from ls_vision.detection.config import parse_args
+    from ls_vision.training.distributed import Processes
+
+    args = parse_args(['--config', str(ROOT / 'configs' / 'detection' / f'{name}.yaml'), '--device', 'cpu'])
+    model = train_detection.build_model(args, num_classes=80)
+    state = train_detection.build_state(args, model, Processes(torch.device('cpu')), updates_per_epoch=100)
+    rates = []
+    for update in range(state.num_epochs * 100):
+        state.scheduler.step_update(num_updates=update)
+        rates.append(state.lr / args.lr)
+    assert state.num_epochs == args.epochs
+    assert max(rates) <= 1 and rates[0] < 0.2 and rates[-1] < 0.02
+    if name == 'coco_retinanet_1x':
+        assert rates[-1] / rates[500] == pytest.approx(0.01)
