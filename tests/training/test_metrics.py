@@ -2,6 +2,7 @@
 import json
 
 import pytest
+from tensorboard.backend.event_processing import event_accumulator
 
 from ls_vision.training.errors import UserError
 from ls_vision.training.metrics import MetricLog
@@ -41,7 +42,6 @@ def test_new_run_starts_empty_files(tmp_path):
 
 
 def test_tensorboard_events(tmp_path):
-    event_accumulator = pytest.importorskip('tensorboard.backend.event_processing.event_accumulator')
     log = MetricLog(tmp_path, tensorboard=True)
     write(log, 2)
     log.close()

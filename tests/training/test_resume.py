@@ -5,13 +5,12 @@ import random
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from training_helpers import write_images
+from training_helpers import signal_when, write_images
 
 import train_imagenet
 
@@ -44,16 +43,6 @@ def assert_same_outcome(first: Path, second: Path) -> None:
         assert one[name] == other[name]
     assert all(torch.equal(a['random']['torch'], b['random']['torch'])
                for a, b in zip(one['processes'], other['processes'], strict=True))
-
-
-def signal_when(path: Path, num_lines: int, number: signal.Signals) -> None:
-    """Send this process a signal as soon as a log has so many lines."""
-    def wait() -> None:
-        while not path.exists() or path.read_text().count('\n') < num_lines:
-            time.sleep(.001)
-        os.kill(os.getpid(), number)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])

@@ -1,5 +1,8 @@
 """What several tests here need: image files, and a file that nobody should load."""
 import os
+import signal
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -26,3 +29,13 @@ class Gadget:
 
     def __reduce__(self):
         return os.system, (f'touch {self.path}',)
+
+
+def signal_when(path: Path, num_lines: int, number: signal.Signals) -> None:
+    """Send this process a signal as soon as a log has so many lines."""
+    def wait() -> None:
+        while not path.exists() or path.read_text().count('\n') < num_lines:
+            time.sleep(.001)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=wait, daemon=True).start()
