@@ -74,7 +74,7 @@ def run(args: argparse.Namespace, processes: Processes) -> dict[str, Any]:
     train_set, val_set = read_sets(args)
     loader = create_loader(args, train_set, processes)
     if args.dry_run_loader:
-        return dict(training=measure_loader('training', loader.read(epoch=0), args.batch_size))
+        return dict(training=measure_loader('training', loader.read(epoch=0)))
     model = build_model(args, len(train_set.class_names)).to(processes.device)
     state = build_state(args, model, processes, updates_per_epoch=-(-len(loader) // args.grad_accum_steps))
     output = Path(args.output or 'output/detection') / (

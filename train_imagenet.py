@@ -93,9 +93,9 @@ def run(args: argparse.Namespace, processes: Processes) -> dict[str, Any]:
     data_config = resolve_input_data_config(model, args=vars(args))
     train_loader, val_loader = create_loaders(args, datasets, data_config, num_classes, processes)
     if args.dry_run_loader:
-        return {name: measure_loader(name, loader, batch_size) for name, loader, batch_size in (
-            ('training', train_loader.read(epoch=0), args.batch_size),
-            ('evaluation', val_loader, args.validation_batch_size or args.batch_size))}
+        return dict(
+            training=measure_loader('training', train_loader.read(epoch=0)),
+            evaluation=measure_loader('evaluation', val_loader))
 
     parameters = sum(p.numel() for p in model.parameters())
     say(f'{args.model}: {parameters / 1e6:.2f} M parameters, {num_classes} classes, input {data_config["input_size"]}')
@@ -130,6 +130,8 @@ def build_model(args: argparse.Namespace, num_classes: int, processes: Processes
     model.to(processes.device)
     if args.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if args.sync_bn and processes.device.type == 'cpu':
+        raise UserError('--sync-bn: torch has it for GPUs only')
     return convert_sync_batchnorm(model) if args.sync_bn and processes.world_size > 1 else model
 
 

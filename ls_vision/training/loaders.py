@@ -219,18 +219,21 @@ def _strict(dataset: Any, replace: bool) -> Any:
     return StrictImageDataset(dataset, replace) if isinstance(dataset, ImageDataset) else dataset
 
 
-def measure_loader(name: str, batches: Iterable[tuple[Any, Any]], batch_size: int, seconds: float = 30) -> float:
-    """Images per second of a loader alone, over at most so many seconds after its first batch."""
-    count, start = 0, 0.
-    for images, _ in batches:
-        if not start:
-            start = time.perf_counter()  # what it takes to start the workers is paid once in an epoch
-            continue
+def measure_loader(name: str, batches: Iterable[tuple[Any, Any]], seconds: float = 30) -> float:
+    """Images per second of a loader alone, over at most so many seconds.
+
+    The first batch is left out where there are others: what it takes to start the workers is paid once in an epoch.
+    """
+    start, count = time.perf_counter(), 0
+    after_first = start
+    for i, (images, _) in enumerate(batches):
+        if i == 0:
+            after_first = time.perf_counter()
+        elif i == 1:
+            start, count = after_first, 0
         count += len(images)
         if time.perf_counter() - start > seconds:
             break
-    if not count:
-        raise UserError(f'the {name} set holds no more than one batch of {batch_size}: too few images to time')
     rate = count / (time.perf_counter() - start)
     say(f'{name} loader: {rate:,.0f} images/s over {count:,} images, from file to normalised batch')
     return rate

@@ -116,7 +116,7 @@ def test_webdataset_shards_resume_in_the_middle_of_an_epoch(config, image_folder
                     sink.write({'__key__': f'{label}{path.stem}', 'png': path.read_bytes(), 'cls': shard})
     options = ['--dataset', 'wds/shards', '--data-dir', tmp_path / 'shards', '--train-split', 'train-{0..1}.tar',
                '--val-split', 'val-{0..1}.tar', '--train-num-samples', 16, '--val-num-samples', 8, '--num-classes', 2,
-               '--workers', 1, '--batch-size', 4, '--input-key', 'png', '--log-interval', 1]
+               '--workers', 1, '--batch-size', 4, '--log-interval', 1]
     unbroken = run(config, *options, '--experiment', 'unbroken')
     assert unbroken['images'] == 8
     options += ['--experiment', 'stopped']
@@ -149,7 +149,7 @@ def test_batch_norms_of_two_processes_end_alike(config, tmp_path):
     """CvT-LS has running statistics; every process evaluates with the first one's."""
     result = launch(
         config, '--model', 'cvt_ls_13', '--model-kwargs', 'embed_dims=(8,16,16)', 'num_heads=(1,2,2)', 'depths=(1,1,1)',
-        'window_size=2', 'rank=2', '--batch-size', '4', '--epochs', '1', '--sync-bn')
+        'window_size=2', 'rank=2', '--batch-size', '4', '--epochs', '1')
     assert result.returncode == 0, result.stderr
     assert math.isfinite(float(summary(tmp_path / 'output' / 'run')[0]['eval_loss']))
 

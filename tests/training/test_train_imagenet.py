@@ -97,6 +97,7 @@ def test_evaluation_classes_keep_the_indices_of_training(config, image_folder):
     (['--initial-checkpoint', 'nowhere.pth'], 'checkpoint nowhere.pth does not exist'),
     (['--opt', 'adamwww'], '--opt adamwww'),
     (['--lr', '1e30', '--opt', 'sgd', '--max-nonfinite', '2'], 'at update 3 .*: 2 steps in a row were skipped'),
+    (['--sync-bn'], '--sync-bn: torch has it for GPUs only'),
     (['--resume', 'nowhere.pth'], 'checkpoint nowhere.pth does not exist'),
     (['--resume', 'auto', '--experiment', ''], '--resume auto: pass the --experiment'),
     (['--epoch', '3'], "unknown argument --epoch; did you mean '--epochs'"),

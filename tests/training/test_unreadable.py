@@ -52,7 +52,7 @@ def odd_images() -> dict[str, bytes]:
         'cmyk.jpg': encode(rgb.convert('CMYK'), 'jpeg'),
         'sixteen_bits.png': encode(Image.fromarray(rng.integers(0, 65536, (40, 30), dtype=np.uint16)), 'png'),
         'palette_with_alpha.png': encode(palette, 'png', transparency=bytes(range(16))),
-        'animated.webp': encode(rgb, 'webp', save_all=True, append_images=[rgb.rotate(90), rgb.rotate(180)]),
+        'animated.png': encode(rgb, 'png', save_all=True, append_images=[rgb.rotate(90), rgb.rotate(180)]),
         'png_named.jpg': encode(rgb, 'png'),
         'exif_rotated.jpg': encode(rgb, 'jpeg', exif=exif),
         'grey_with_alpha.png': encode(rgb.convert('LA'), 'png'),
