@@ -13,16 +13,16 @@ from transformers import AutoBackbone, TimmBackboneConfig, TimmWrapperConfig, Ti
 import ls_vision  # noqa: F401  (registers the models)
 
 
-def build(name: str = 'vil_ls_small', num_classes: int = 10, **model_args) -> TimmWrapperForImageClassification:
+def build(name: str = 'vil_ls_small', num_classes: int = 10) -> TimmWrapperForImageClassification:
     """The classifier without pretrained weights."""
     return TimmWrapperForImageClassification(TimmWrapperConfig(
-        architecture=name, num_labels=num_classes, num_classes=num_classes, model_args=model_args or None))
+        architecture=name, num_labels=num_classes, num_classes=num_classes))
 
 
-def build_backbone(name: str = 'vil_ls_small_linear', **model_kwargs) -> torch.nn.Module:
+def build_backbone(name: str = 'vil_ls_small_linear') -> torch.nn.Module:
     """Feature maps of all strides."""
     return AutoBackbone.from_config(TimmBackboneConfig(
-        backbone=name, use_pretrained_backbone=False, out_indices=[0, 1, 2, 3], model_kwargs=model_kwargs))
+        backbone=name, use_pretrained_backbone=False, out_indices=[0, 1, 2, 3]))
 
 
 def main() -> None:

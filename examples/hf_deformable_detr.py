@@ -19,11 +19,9 @@ def build(
         backbone: str = 'vil_ls_small_linear',
         num_classes: int = 80,
         num_queries: int = 300,
-        **model_kwargs,
 ) -> DeformableDetrForObjectDetection:
     """Deformable DETR whose features of strides 8, 16 and 32 come from the named timm model, without weights."""
-    backbone_config = TimmBackboneConfig(
-        backbone=backbone, use_pretrained_backbone=False, out_indices=[1, 2, 3], model_kwargs=model_kwargs)
+    backbone_config = TimmBackboneConfig(backbone=backbone, use_pretrained_backbone=False, out_indices=[1, 2, 3])
     return DeformableDetrForObjectDetection(DeformableDetrConfig(
         use_timm_backbone=False, backbone=None, backbone_config=backbone_config, num_labels=num_classes,
         num_queries=num_queries))

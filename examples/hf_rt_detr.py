@@ -9,7 +9,6 @@
 """
 import argparse
 
-import timm
 import torch
 from torch import Tensor
 from transformers import RTDetrConfig, RTDetrForObjectDetection, TimmBackboneConfig
@@ -17,14 +16,10 @@ from transformers import RTDetrConfig, RTDetrForObjectDetection, TimmBackboneCon
 import ls_vision  # noqa: F401  (registers the models)
 
 
-def build(backbone: str = 'vil_ls_small_linear', num_classes: int = 80, **model_kwargs) -> RTDetrForObjectDetection:
+def build(backbone: str = 'vil_ls_small_linear', num_classes: int = 80) -> RTDetrForObjectDetection:
     """RT-DETR whose features of strides 8, 16 and 32 come from the named timm model, without pretrained weights."""
-    backbone_config = TimmBackboneConfig(
-        backbone=backbone, use_pretrained_backbone=False, out_indices=[1, 2, 3], model_kwargs=model_kwargs)
-    features = timm.create_model(backbone, features_only=True, out_indices=(1, 2, 3), **model_kwargs)
-    channels = features.feature_info.channels()  # transformers does not ask the backbone for them
-    return RTDetrForObjectDetection(RTDetrConfig(
-        backbone_config=backbone_config, encoder_in_channels=channels, num_labels=num_classes))
+    backbone_config = TimmBackboneConfig(backbone=backbone, use_pretrained_backbone=False, out_indices=[1, 2, 3])
+    return RTDetrForObjectDetection(RTDetrConfig(backbone_config=backbone_config, num_labels=num_classes))
 
 
 def train_step(model: RTDetrForObjectDetection, images: Tensor, labels: list[dict[str, Tensor]]) -> float:

@@ -33,7 +33,8 @@ def read_photograph() -> tuple[Tensor, Tensor]:
 
 
 def train(model: nn.Module, image: Tensor, target: Tensor, steps: int, lr: float = 5e-4) -> list[float]:
-    """Losses of some updates on one image."""
+    """Losses of some updates on one image and its mirror image: UPerNet's batch norm can't do with one."""
+    image, target = torch.cat([image, image.flip(3)]), torch.cat([target, target.flip(2)])
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     losses = []
     model.train()

@@ -69,13 +69,13 @@ def freeze_stages(model: Any, trainable_stages: int) -> None:
     Raises:
         ValueError: `trainable_stages` is not between 0 and the number of feature maps that the model can give.
     """
-    stages = [info['module'] for info in model.feature_info]
+    # Parameters are registered in the order in which the stages run, the stem first; stages that nobody needs are gone.
+    names = [name for name, _ in model.named_parameters()]
+    stages = [info['module'] for info in model.feature_info if any(n.startswith(f'{info["module"]}.') for n in names)]
     if not 0 <= trainable_stages <= len(stages):
         raise ValueError(f'trainable_stages {trainable_stages}: must be 0 to {len(stages)}, the number of stages')
     if trainable_stages == len(stages):
         return
-    # Parameters are registered in the order in which the stages run, the stem first.
-    names = [name for name, _ in model.named_parameters()]
     last = stages[len(stages) - 1 - trainable_stages]
     end = 1 + max((i for i, name in enumerate(names) if name.startswith(f'{last}.')), default=-1)
     frozen = set(names[:end])

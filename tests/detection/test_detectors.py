@@ -62,6 +62,11 @@ def test_frozen_stages(trainable, expected):
     assert all(p.grad is not None for p in model.backbone.fpn.parameters())
 
 
+def test_frozen_stages_count_from_the_last_one_that_is_used():
+    model = tiny_detector(strides=(8, 16), trainable_stages=2).backbone.body.model
+    assert {name.split('.')[1] for name, p in model.named_parameters() if p.requires_grad} == {'1', '2'}
+
+
 def test_frozen_batch_norm_keeps_its_statistics():
     model = build_detector('fcos', 'resnet10t', 1, out_channels=32, trainable_stages=1)
     body = model.backbone.body.model

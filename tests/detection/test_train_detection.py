@@ -118,7 +118,7 @@ def test_other_detectors_on_tiles_and_whole_images(config, detector):
 def test_layer_decay_and_frozen_stages(config, tmp_path):
     run(config, '--epochs', '1', '--layer-decay', '0.8', '--trainable-stages', '2')
     groups = load_checkpoint(tmp_path / 'output' / 'run' / 'last.pth.tar')['optimizer']['param_groups']
-    assert len({group.get('lr_scale', 1.) for group in groups}) > 2
+    assert len({group.get('lr_scale', 1.) for group in groups}) > 1
 
 
 def test_starts_from_a_classifier(config, tmp_path):
