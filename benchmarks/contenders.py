@@ -55,8 +55,7 @@ class TileCopying(nn.Module):
         out = out.view(B, h, nH, nW, w, w, d).permute(0, 2, 4, 3, 5, 1, 6).reshape(B, nH * w, nW * w, C)
         x = out[:, :H, :W].reshape(B, H * W, C)
         if g:
-            attended = layer._attend_globally(
-                q[:, :g] / layer.scale, torch.cat([k[:, :g], x], 1), torch.cat([v[:, :g], x], 1))
+            attended = attend(q[:, :g], torch.cat([k[:, :g], x], 1), torch.cat([v[:, :g], x], 1), h, scale=1.)
             x = torch.cat([attended, x], dim=1)
         return layer.proj(x)
 
@@ -145,7 +144,8 @@ class Flex(nn.Module):
         g, h = layer.num_global_tokens, layer.num_heads
         q, k, v = layer.qkv(x, feat_size).unbind(2)
         k, v = layer.dual_ln_full(k).to(q.dtype), layer.dual_ln_full(v).to(q.dtype)
-        extra_k, extra_v = layer._additional_keys(x, k, v, feat_size)  # (B, M, h, d)
+        kv = torch.stack([k, v], dim=2)
+        extra_k, extra_v = layer._additional_keys(x, kv[:, :g], kv[:, g:], feat_size)  # (B, M, h, d)
         q_, k_, v_ = (heads(t[:, g:][:, self.order], h) for t in (q, k, v))  # (B, h, N, d)
         if extra_k is not None:
             k_ = torch.cat([extra_k.transpose(1, 2), k_], 2)
@@ -153,7 +153,8 @@ class Flex(nn.Module):
         out = self.attention(q_, k_, v_, score_mod=self.score_mod, block_mask=self.block_mask, scale=layer.scale)
         out = out.transpose(1, 2).flatten(2)[:, self.inverse]
         if g:
-            attended = layer._attend_globally(q[:, :g], torch.cat([k[:, :g], out], 1), torch.cat([v[:, :g], out], 1))
+            attended = attend(
+                q[:, :g], torch.cat([k[:, :g], out], 1), torch.cat([v[:, :g], out], 1), h, layer.scale)
             out = torch.cat([attended, out], dim=1)
         return layer.proj(out)
 
@@ -164,6 +165,12 @@ def full_attention(layer: LongShortAttention2d) -> FullAttention2d:
     return FullAttention2d(
         layer.dim, layer.num_heads, num_global_tokens=layer.num_global_tokens, qkv_bias=True,
         device=like.device, dtype=like.dtype)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float) -> Tensor:
+    """(B, g, C) queries and (B, L, C) keys and values -> (B, g, C)."""
+    q, k, v = (heads(t, num_heads) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
 
 
 def heads(x: Tensor, num_heads: int) -> Tensor:

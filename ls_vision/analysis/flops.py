@@ -190,6 +190,7 @@ HANDLES: dict[str, Any] = {
     'aten::scaled_dot_product_attention': _count_attention,
     'ls_vision::long_short_attention': _registered(torch.ops.ls_vision.long_short_attention),
     'ls_vision::summarize': _registered(torch.ops.ls_vision.summarize),
+    'ls_vision::global_attention': _registered(torch.ops.ls_vision.global_attention),
     # fvcore counts these by elements; papers count products
     **dict.fromkeys((
         'aten::adaptive_avg_pool2d', 'aten::batch_norm', 'aten::grid_sampler', 'aten::group_norm',

@@ -6,12 +6,12 @@ r rank, M = r + g additional keys, w window size, Q = w * w queries and K keys o
 from typing import Final, Optional, Tuple
 
 import torch
-import torch.nn.functional as F
 from timm.layers import trunc_normal_, use_fused_attn
 from timm.models import register_notrace_function
 from torch import Tensor, nn
 
 from ..ops import long_short_attention
+from ..ops.global_attention import attend_globally
 from ..ops.precision import to_autocast
 from ..ops.summaries import summarize
 from ..ops.tiles import gather_tiles, merge_windows
@@ -22,11 +22,12 @@ from .linear import Linear
 from .position_bias import WINDOW_BIASES, resize_window_bias, window_bias_index, window_bias_rows
 from .projection import ConvDynamicProjection, ConvQKV, LinearDynamicProjection, LinearQKV
 
-# reason for all seven: sizes or devices that are Proxies would decide control flow or go into arange
+# reason for all eight: sizes or devices that are Proxies would decide control flow or go into arange
 register_notrace_function(long_short_attention)
 register_notrace_function(gather_tiles)
 register_notrace_function(merge_windows)
 register_notrace_function(summarize)
+register_notrace_function(attend_globally)
 register_notrace_function(attention_weights)
 register_notrace_function(check_token_count)
 register_notrace_function(to_autocast)
@@ -207,12 +208,7 @@ class LongShortAttention2d(nn.Module):
         x = out.reshape(B, H * W, C)
 
         if g > 0:
-            if self.global_attention == 'post':  # own keys and values, and the local outputs for both
-                k_global, v_global = kv_global.unbind(2)
-                keys, values = torch.cat([k_global, x], dim=1), torch.cat([v_global, x], dim=1)
-            else:  # own and local keys and values
-                keys, values = kv.unbind(2)
-            x = torch.cat([self._attend_globally(q_global, keys, values), x], dim=1)
+            x = torch.cat([self._attend_globally(q_global, kv_global, kv_local, x), x], dim=1)
         return self.proj_drop(self.proj(x))
 
     def _additional_keys(
@@ -264,17 +260,28 @@ class LongShortAttention2d(nn.Module):
             return out.transpose(1, 2).reshape(query.shape)
         return merge_windows(out, feat_size, self.window_size)
 
-    def _attend_globally(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """(B, g, C) queries and (B, L, C) keys and values -> (B, g, C)."""
+    def _attend_globally(self, q: Tensor, kv_global: Tensor, kv_local: Tensor, out_local: Tensor) -> Tensor:
+        """The global tokens' outputs, (B, g, C).
+
+        Args:
+            q: (B, g, C).
+            kv_global: (B, g, 2, C).
+            kv_local: (B, N, 2, C), seen where `global_attention` is 'pre'.
+            out_local: (B, N, C), keys and values at once where it is 'post'.
+        """
         B, g, C = q.shape
         h = self.num_heads
-        q = q.reshape(B, g, h, C // h).transpose(1, 2)  # (B, h, g, d)
-        k = k.reshape(B, -1, h, C // h).transpose(1, 2)  # (B, h, L, d)
-        v = v.reshape(B, -1, h, C // h).transpose(1, 2)
-        if self.fused_attn:
-            out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        q = q.reshape(B, g, h, C // h)
+        own_keys, own_values = kv_global.reshape(B, g, 2, h, C // h).unbind(2)  # (B, g, h, d) each
+        if self.global_attention == 'post':
+            keys = values = out_local.reshape(B, -1, h, C // h)  # (B, N, h, d)
         else:
-            out = attention_weights(q, k, None, self.scale) @ v
+            keys, values = kv_local.reshape(B, -1, 2, h, C // h).unbind(2)
+        if self.fused_attn and not torch.jit.is_scripting():
+            return attend_globally(q, own_keys, own_values, keys, values, self.scale).reshape(B, g, C)
+        k = torch.cat([own_keys, keys], dim=1).transpose(1, 2)  # (B, h, L, d)
+        v = torch.cat([own_values, values], dim=1).transpose(1, 2)
+        out = attention_weights(q.transpose(1, 2), k, None, self.scale) @ v  # (B, h, g, d)
         return out.transpose(1, 2).reshape(B, g, C)
 
     def extra_repr(self) -> str:
