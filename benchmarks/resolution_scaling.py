@@ -54,7 +54,8 @@ def publish(folder: Path) -> None:
     """Puts the plot into docs/ and the figures into the README."""
     shutil.copy(folder / 'scaling.png', ROOT / 'docs' / 'scaling.png')
     findings = report.Report(Results.load(folder / 'results.json'))
-    replace_section(ROOT / 'README.md', 'scaling', report.digest(findings))
+    picture = '![Growth with the image](docs/scaling.png)'
+    replace_section(ROOT / 'README.md', 'scaling', f'{picture}\n\n{report.digest(findings)}')
 
 
 if __name__ == '__main__':

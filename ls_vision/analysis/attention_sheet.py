@@ -110,7 +110,7 @@ def draw(sheet: Sheet, path: Path) -> None:
     total_width = max(5 * (big[0] + 0.3) + 0.5, 8.)
     cell_width = (total_width - 1.3) / (8 if columns <= 8 else 16)
     cell_height = cell_width * height / width
-    maps_top = 1. + big[1] + 1.2
+    maps_top = 1. + big[1] + 1.4
     total_height = maps_top + heads * lines * cell_height + (0.3 if rank else -0.2)
     figure = pictures.new_figure(total_width, total_height, constrained=False)
 
