@@ -194,10 +194,16 @@ def _listening(layer: nn.Module) -> Iterator[dict[str, Any]]:
             handles.append(layer.to_dynamic_projection.register_forward_hook(note('projection')))
         attend_globally = layer._attend_globally
 
-        def attend_and_note(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            q_heads, k_heads = (x.unflatten(-1, (layer.num_heads, -1)).transpose(1, 2) for x in (q, k))
-            notes['global_weights'] = attention_weights(q_heads, k_heads, None, layer.scale)[0].float().cpu()
-            return attend_globally(q, k, v)
+        def attend_and_note(
+                query: Tensor,
+                own_keys: Tensor,
+                own_values: Tensor,
+                keys: Tensor,
+                values: Tensor,
+        ) -> Tensor:
+            q, k = (x.transpose(1, 2) for x in (query, torch.cat([own_keys, keys], dim=1)))
+            notes['global_weights'] = attention_weights(q, k, None, layer.scale)[0].float().cpu()
+            return attend_globally(query, own_keys, own_values, keys, values)
 
         layer._attend_globally = attend_and_note  # type: ignore[method-assign]
     try:

@@ -208,7 +208,13 @@ class LongShortAttention2d(nn.Module):
         x = out.reshape(B, H * W, C)
 
         if g > 0:
-            x = torch.cat([self._attend_globally(q_global, kv_global, kv_local, x), x], dim=1)
+            own_keys, own_values = kv_global.reshape(B, g, 2, h, C // h).unbind(2)  # (B, g, h, d) each
+            if self.global_attention == 'post':
+                key = value = x.reshape(B, H * W, h, C // h)  # the local outputs, both keys and values
+            else:
+                key, value = kv_local.reshape(B, H * W, 2, h, C // h).unbind(2)
+            q = q_global.reshape(B, g, h, C // h)
+            x = torch.cat([self._attend_globally(q, own_keys, own_values, key, value).reshape(B, g, C), x], dim=1)
         return self.proj_drop(self.proj(x))
 
     def _additional_keys(
@@ -260,29 +266,20 @@ class LongShortAttention2d(nn.Module):
             return out.transpose(1, 2).reshape(query.shape)
         return merge_windows(out, feat_size, self.window_size)
 
-    def _attend_globally(self, q: Tensor, kv_global: Tensor, kv_local: Tensor, out_local: Tensor) -> Tensor:
-        """The global tokens' outputs, (B, g, C).
-
-        Args:
-            q: (B, g, C).
-            kv_global: (B, g, 2, C).
-            kv_local: (B, N, 2, C), seen where `global_attention` is 'pre'.
-            out_local: (B, N, C), keys and values at once where it is 'post'.
-        """
-        B, g, C = q.shape
-        h = self.num_heads
-        q = q.reshape(B, g, h, C // h)
-        own_keys, own_values = kv_global.reshape(B, g, 2, h, C // h).unbind(2)  # (B, g, h, d) each
-        if self.global_attention == 'post':
-            keys = values = out_local.reshape(B, -1, h, C // h)  # (B, N, h, d)
-        else:
-            keys, values = kv_local.reshape(B, -1, 2, h, C // h).unbind(2)
+    def _attend_globally(
+            self,
+            query: Tensor,
+            own_keys: Tensor,
+            own_values: Tensor,
+            keys: Tensor,
+            values: Tensor,
+    ) -> Tensor:
+        """The global tokens' attention to their own (B, g, h, d) and to the local (B, N, h, d); (B, g, h, d)."""
         if self.fused_attn and not torch.jit.is_scripting():
-            return attend_globally(q, own_keys, own_values, keys, values, self.scale).reshape(B, g, C)
+            return attend_globally(query, own_keys, own_values, keys, values, self.scale)
         k = torch.cat([own_keys, keys], dim=1).transpose(1, 2)  # (B, h, L, d)
         v = torch.cat([own_values, values], dim=1).transpose(1, 2)
-        out = attention_weights(q.transpose(1, 2), k, None, self.scale) @ v  # (B, h, g, d)
-        return out.transpose(1, 2).reshape(B, g, C)
+        return (attention_weights(query.transpose(1, 2), k, None, self.scale) @ v).transpose(1, 2)
 
     def extra_repr(self) -> str:
         return (
