@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import chunks
+from .chunks import slices
 from .geometry import WindowRun, key_margin, window_runs
 
-BLOCK_ELEMENTS = 2 ** 19  # keys gathered at a time, 2 MB in float32
 MAX_KEPT_TILES = 512  # views of buffers, a few for each shape of block
 
 
@@ -98,9 +99,9 @@ def plan_blocks(
         images = min(batch, max(elements // (window * cols * rows), 1))
         blocks += [
             Block(image, row, col, row_run, col_run, window_size)
-            for image in _slices(batch, images)
-            for row in _slices(row_run.num_windows, rows)
-            for col in _slices(col_run.num_windows, cols)
+            for image in slices(batch, images)
+            for row in slices(row_run.num_windows, rows)
+            for col in slices(col_run.num_windows, cols)
         ]
     return blocks
 
@@ -108,7 +109,7 @@ def plan_blocks(
 def blocks_of(query: Tensor, window_size: int, num_additional: int) -> List[Block]:
     """The plan for a (B, H, W, h, d) raster."""
     B, H, W, h, d = query.shape
-    return plan_blocks(B, (H, W), h * d, window_size, num_additional, BLOCK_ELEMENTS)
+    return plan_blocks(B, (H, W), h * d, window_size, num_additional, chunks.CHUNK_ELEMENTS)
 
 
 @functools.lru_cache(maxsize=64)
@@ -116,10 +117,6 @@ def run_pairs(feat_size: Tuple[int, int], window_size: int) -> List[Tuple[Window
     """Runs of window rows with runs of window columns: windows of a pair are clipped alike."""
     return [
         (row, col) for row in window_runs(feat_size[0], window_size) for col in window_runs(feat_size[1], window_size)]
-
-
-def _slices(length: int, step: int) -> List[slice]:
-    return [slice(start, min(start + step, length)) for start in range(0, length, step)]
 
 
 class Buffers(threading.local):

@@ -5,13 +5,13 @@ into one would copy each token twice, and keep the copies for the backward pass.
 
 Shapes: B batch, N local tokens, g global queries, m own keys, h heads, d head width; L = m + N.
 """
-from typing import List, Tuple, Union
+from typing import List, Tuple
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-Image = Union[int, slice]
+from .chunks import image_chunks
 
 
 def attend_globally(
@@ -46,7 +46,7 @@ def _attend(
         scale: float,
 ) -> Tensor:
     out = query.new_empty(query.shape)
-    for i in _images(query):
+    for i in _chunks(keys):
         q = _heads(query, i)
         p = _weights(q, [_heads(own_keys, i), _heads(keys, i)], scale)
         p_own, p_local = p.split([own_keys.shape[1], keys.shape[1]], dim=-1)
@@ -71,7 +71,7 @@ def _attend_backward(
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, own keys and values, keys and values."""
     grad_q, *grads = (t.new_empty(t.shape) for t in (query, own_keys, own_values, keys, values))
-    for i in _images(query):
+    for i in _chunks(keys):
         q, do = _heads(query, i), _heads(grad, i)
         k, v = ([_heads(t, i) for t in pair] for pair in ((own_keys, keys), (own_values, values)))
         p = _weights(q, k, scale)
@@ -91,24 +91,24 @@ def _(grad, query, own_keys, own_values, keys, values, scale):
     return tuple(t.new_empty(t.shape) for t in (query, own_keys, own_values, keys, values))
 
 
-def _images(x: Tensor) -> List[Image]:
-    """One by one on the CPU, where products of two batch dimensions would copy the tokens; else all at once."""
-    return list(range(x.shape[0])) if x.is_cpu else [slice(None)]
+def _chunks(keys: Tensor) -> List[slice]:
+    """Parts of the batch; on the CPU small ones, for products of two batch dimensions copy the tokens."""
+    return image_chunks(keys.shape[0], keys[0].numel()) if keys.is_cpu else [slice(None)]
 
 
-def _heads_view(x: Tensor, image: Image) -> Tensor:
-    """(..., tokens, h, d) of an image or all -> (..., h, tokens, d)."""
-    return x[image].transpose(-3, -2)
+def _heads_view(x: Tensor, images: slice) -> Tensor:
+    """(B, tokens, h, d) -> (images, h, tokens, d)."""
+    return x[images].transpose(1, 2)
 
 
-def _heads(x: Tensor, image: Image) -> Tensor:
+def _heads(x: Tensor, images: slice) -> Tensor:
     """The same in the precision of the statistics."""
-    x = _heads_view(x, image)
+    x = _heads_view(x, images)
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _weights(q: Tensor, keys: List[Tensor], scale: float) -> Tensor:
-    """(..., h, g, d) queries and (..., h, tokens, d) keys -> (..., h, g, all tokens)."""
+    """(images, h, g, d) queries and (images, h, tokens, d) keys -> (images, h, g, all tokens)."""
     return torch.cat([q @ k.transpose(-2, -1) for k in keys], dim=-1).mul_(scale).softmax(dim=-1)
 
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from .chunks import image_chunks
+
 
 def summarize(weights: Tensor, tokens: Tensor) -> Tensor:
     """Sums of tokens, each head with its own r sets of weights.
@@ -32,9 +34,9 @@ def _summarize(weights: Tensor, tokens: Tensor) -> Tensor:
     if x.device.type != 'cpu':
         return torch.matmul(weights.unsqueeze(1), x)
     out = tokens.new_empty(B, n, h, r, d)
-    for image in range(B):
+    for i in image_chunks(B, tokens[0, :, 0].numel()):
         for kind in range(n):
-            torch.bmm(weights[image], x[image, kind], out=out[image, kind])
+            out[i, kind] = weights[i] @ x[i, kind]
     return out
 
 
@@ -52,21 +54,21 @@ def _summarize_backward(grad: Tensor, weights: Tensor, tokens: Tensor) -> Tuple[
     if x.device.type != 'cpu':
         grad_tokens = torch.matmul(weights.unsqueeze(1).transpose(3, 4), grad)  # (B, n, h, N, d)
         return torch.matmul(grad, x).sum(1), grad_tokens.permute(0, 3, 1, 2, 4).contiguous()
-    grad_weights, grad_tokens = torch.empty_like(weights), tokens.new_empty(tokens.shape)
-    for image in range(B):
+    grad_weights, grad_tokens = weights.new_empty(weights.shape), tokens.new_empty(tokens.shape)
+    for i in image_chunks(B, tokens[0].numel()):
+        out = grad_weights[i].flatten(0, 1)  # (images * h, r, N), as below
         for kind in range(n):
-            torch.baddbmm(
-                grad_weights[image], grad[image, kind], x[image, kind], beta=float(kind > 0), out=grad_weights[image])
-        # (h, r, n * d), both kinds by one product
-        both = grad[image].permute(1, 2, 0, 3).reshape(h, r, n * d)
-        product = torch.bmm(weights[image].transpose(1, 2), both)  # (h, N, n * d)
-        grad_tokens[image].copy_(product.view(h, N, n, d).permute(1, 2, 0, 3))
+            torch.baddbmm(out, grad[i, kind].flatten(0, 1), x[i, kind].flatten(0, 1), beta=float(kind > 0), out=out)
+        # (images, h, r, n * d), both kinds by one product
+        both = grad[i].permute(0, 2, 3, 1, 4).reshape(-1, h, r, n * d)
+        product = weights[i].transpose(2, 3) @ both  # (images, h, N, n * d)
+        grad_tokens[i].copy_(product.view(-1, h, N, n, d).permute(0, 2, 3, 1, 4))
     return grad_weights, grad_tokens
 
 
 @_summarize_backward.register_fake
 def _(grad, weights, tokens):
-    return torch.empty_like(weights), tokens.new_empty(tokens.shape)
+    return weights.new_empty(weights.shape), tokens.new_empty(tokens.shape)
 
 
 def _setup_context(ctx, inputs, output) -> None:

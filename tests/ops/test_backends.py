@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from test_attention import compare, draw_inputs
 from torch.utils.flop_counter import FlopCounterMode
 
-from ls_vision.ops import blocked, long_short_attention
+from ls_vision.ops import chunks, long_short_attention
 
 
 @pytest.mark.parametrize('extra,bias', [(3, True), (0, False)])
@@ -21,11 +21,11 @@ def test_operator_contract(extra, bias):
     elements=st.sampled_from([1, 300, 2000, 10 ** 6]), B=st.integers(1, 3), H=st.integers(1, 20), W=st.integers(1, 20),
     w=st.sampled_from([1, 2, 3, 4, 7]), M=st.integers(0, 3), bias=st.booleans())
 def test_blocks_of_any_size(elements, B, H, W, w, M, bias):
-    before, blocked.BLOCK_ELEMENTS = blocked.BLOCK_ELEMENTS, elements
+    before, chunks.CHUNK_ELEMENTS = chunks.CHUNK_ELEMENTS, elements
     try:
         compare(draw_inputs(B, H, W, 2, 4, w, M, bias), w, 1e-5, backend='blocked')
     finally:
-        blocked.BLOCK_ELEMENTS = before
+        chunks.CHUNK_ELEMENTS = before
 
 
 @pytest.mark.parametrize('backend', ['reference', 'blocked'])
