@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive')  # see train_imagenet.py
+os.environ.setdefault('GOMP_SPINCOUNT', '1000')
 
 import torch
 from timm.data import create_dataset, resolve_input_data_config

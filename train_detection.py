@@ -18,9 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# Read once, when torch is loaded: idle compute threads sleep instead of spinning. Where the loader's processes, or
-# anyone else's, share the few cores of a small machine, spinning made training up to ten times slower.
-os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
+os.environ.setdefault('OMP_WAIT_POLICY', 'passive')  # see train_imagenet.py
+os.environ.setdefault('GOMP_SPINCOUNT', '1000')
 
 import torch
 from timm.optim import create_optimizer_v2, optimizer_kwargs, param_groups_layer_decay, param_groups_weight_decay
@@ -161,7 +160,7 @@ def build_state(
     task = DetectionTask(model, processes.device)
     if args.model_ema:
         task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
-    settings = optimizer_kwargs(args)
+    settings = {**optimizer_kwargs(args), **args.opt_kwargs}
     settings.pop('layer_decay', None)  # applied by the groups
     try:
         groups = parameter_groups(model, args.weight_decay, args.layer_decay)

@@ -157,6 +157,8 @@ def add_optimizer_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument('--opt', default='sgd', help='timm optimiser name')
     group.add_argument('--opt-eps', type=float, help="epsilon; the optimiser's own if not set")
     group.add_argument('--opt-betas', type=float, nargs='+', help="betas; the optimiser's own if not set")
+    group.add_argument('--opt-kwargs', nargs='*', default={}, action=ParseKwargs,
+                       help="the optimiser's other arguments, k=v, e.g. fused=True")
     group.add_argument('--momentum', type=float, default=0.9, help='momentum')
     group.add_argument('--weight-decay', type=float, default=2e-5, help='weight decay')
     group.add_argument('--layer-decay', type=float, help='layer-wise learning-rate decay')

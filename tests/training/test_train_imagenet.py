@@ -108,6 +108,14 @@ def test_wrong_input_is_one_line(config, argv, message):
     assert '\n' not in str(error.value)
 
 
+def test_arguments_of_the_optimiser(config, capsys):
+    result = run(config, '--epochs', '1', '--opt', 'adamw', '--opt-kwargs', 'fused=True')
+    group = torch.load(result['output'] / 'last.pth.tar', weights_only=True)['optimizer']['param_groups'][0]
+    assert group['fused'] is True
+    with pytest.raises(SystemExit, match=r"--opt adamw: .*unexpected keyword argument 'fusd'"):
+        run(config, '--opt', 'adamw', '--opt-kwargs', 'fusd=True')
+
+
 def test_empty_split(config, image_folder):
     for path in (image_folder / 'train').rglob('*.png'):
         path.unlink()
