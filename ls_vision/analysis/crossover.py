@@ -32,13 +32,14 @@ def crossover(ours: Curve, theirs: Curve) -> Optional[float]:
 
 
 def describe(ours: Curve, theirs: Curve) -> str:
-    """The crossover as the end of a sentence: 'from about 530 px on'."""
+    """Where the first model costs less, as the end of a sentence: 'from about 530 px on'."""
     sides = sorted(set(ours) & set(theirs))
     side = crossover(ours, theirs)
     if not sides:
         return 'not compared: no common size'
     if side is None:
-        return f'at no size up to {sides[-1]:.0f} px'
+        less = [f'{side:.0f}' for side in sides if _less(ours[side], theirs[side])]
+        return f'only at {", ".join(less)} px' if less else f'at no size up to {sides[-1]:.0f} px'
     if side == sides[0]:
         return f'at every size, {sides[0]:.0f} to {sides[-1]:.0f} px'
     return f'from {"" if side in sides else "about "}{side:.0f} px on'

@@ -154,7 +154,7 @@ def draw_growth(axes: 'Axes', report: Report, quantity: Quantity) -> None:
             side, 1.03 + 0.05 * sum(s == side and n < number for s, n in out_of_memory), marker='x', markersize=6,
             color=COLORS[number % len(COLORS)], transform=axes.get_xaxis_transform(), clip_on=False)
     sides = sorted({math.sqrt(_area(row)) for row in report.rows})
-    axes.set_xticks(sides, [f'{side:.0f}' for side in sides])
+    axes.set_xticks(sides, _labels(sides))
     axes.set_xticks([], minor=True)
     axes.set_xlabel('side of the image, pixels' + ('; x: out of memory' if out_of_memory else ''), color=pictures.GREY)
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -162,6 +162,17 @@ def draw_growth(axes: 'Axes', report: Report, quantity: Quantity) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.legend(fontsize=9, frameon=False, loc='upper left', bbox_to_anchor=(0, -0.14))
     _style(axes)
+
+
+def _labels(sides: list[float]) -> list[str]:
+    """Tick labels from the largest side down, but for those that would touch the one before."""
+    labels: list[str] = []
+    labelled = math.inf
+    for side in reversed(sides):
+        has_room = math.log(labelled / side) > 0.1 * math.log(sides[-1] / sides[0])
+        labels.insert(0, f'{side:.0f}' if has_room else '')
+        labelled = side if has_room else labelled
+    return labels
 
 
 def draw_accuracy(axes: 'Axes', report: Report) -> bool:
@@ -286,18 +297,23 @@ def digest(report: Report, side: float = 1024.) -> str:
 
 
 def compare_at(report: Report, quantity: Quantity, side: float) -> str:
-    """A quantity of all models at one size, as multiples of the first's."""
-    curves = {model: report.curve(quantity, model) for model in report.models}
-    ours = curves[report.models[0]].get(side)
-    if ours is None:
+    """A quantity of all models at one size, as multiples of the long-short model that takes least."""
+    values = {model: report.curve(quantity, model)[side] for model in report.models
+              if side in report.curve(quantity, model)}
+    ours = [(value, model) for model, value in values.items() if value is not None and has_long_short_attention(model)]
+    if not ours:
         return f'{quantity.name} at {side:.0f} px was not measured.'
-    texts = [f'`{report.models[0]}` {_number(ours)} {quantity.unit}']
-    for model in report.models[1:]:
-        value = curves[model].get(side)
-        if value is not None:
-            texts.append(f'`{model}` {_number(value)} {quantity.unit} ({value / ours:.2f} times)')
-        elif side in curves[model]:
-            texts.append(f'`{model}` out of memory')
+    least, first = min(ours)
+    texts = [f'`{first}` {_number(least)} {quantity.unit}']
+    for model, value in values.items():
+        if value is None:
+            # whole multiples: the limit holds for all of a process, also for what it took before it had a model
+            limit = report.results.settings.memory_limit / 2 ** 30
+            on_cpu = quantity.unit == 'GiB' and report.results.settings.device == 'cpu'
+            more = f' of {limit:.1f} GiB, more than {math.floor(limit / least)} times' if on_cpu else ''
+            texts.append(f'`{model}` out of memory{more}')
+        elif model != first:
+            texts.append(f'`{model}` {_number(value)} ({value / least:.2f} times)')
     return f'{quantity.name} at {side:.0f} px: {", ".join(texts)}.'
 
 

@@ -38,7 +38,7 @@ def results(tmp_path_factory):
     ({100: 2, 200: 4}, {100: 1, 200: 3}, None, 'at no size up to 200 px'),
     ({100: 2, 200: 4}, {100: 1, 200: None}, 200, 'from 200 px on'),  # the other ran out of memory
     ({100: 1, 200: 4, 400: 4}, {100: 2, 200: 3, 400: 8}, 245.1, 'from about 245 px on'),  # the last crossing counts
-    ({100: 1, 200: None}, {100: 2, 200: None}, None, 'at no size up to 200 px'),
+    ({100: 1, 200: None}, {100: 2, 200: None}, None, 'only at 100 px'),
     ({100: 1}, {200: 2}, None, 'not compared: no common size'),
 ])
 def test_crossover(ours, theirs, expected, text):
@@ -59,7 +59,7 @@ def test_summary_states_crossover_and_slopes(results):
 
 def test_digest_compares_memory_at_a_size(results):
     text = report.digest(report.Report(results), side=448)
-    assert '`vil_ls_medium` 8.00 GiB, `vil_full_medium` 16.0 GiB (2.00 times)' in text
+    assert '`vil_ls_medium` 8.00 GiB, `vil_full_medium` 16.0 (2.00 times)' in text
     assert '`vil_full_medium` out of memory' in report.digest(report.Report(results), side=896)
 
 
