@@ -15,7 +15,6 @@ import csv
 import io
 import json
 import os
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -34,12 +33,13 @@ from ls_vision.evaluation import imagenet
 from ls_vision.evaluation.predictions import Predictions, accuracy, predict
 from ls_vision.training.checkpoint import atomic_write, load_weights
 from ls_vision.training.config import check_device, parse_strictly
-from ls_vision.training.distributed import Processes, join_processes
+from ls_vision.training.distributed import Processes
 from ls_vision.training.engine import autocast
 from ls_vision.training.errors import UserError, first_line
 from ls_vision.training.loaders import SPLIT_FOLDERS, class_to_idx, create_eval_loader
 from ls_vision.training.logs import say
 from ls_vision.training.models import create_model
+from ls_vision.training.run import run_script
 
 SUFFIXES = ('.json', '.csv', '.md')
 COLUMNS = ('model', 'variant', 'img_size', 'top1', 'top5', 'mce', 'images', 'unreadable')
@@ -47,17 +47,7 @@ COLUMNS = ('model', 'variant', 'img_size', 'top1', 'top5', 'mce', 'images', 'unr
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Evaluate, print and write; returns the figures."""
-    try:
-        args = parse_args(argv)
-        processes = join_processes(args.device)
-        try:
-            return run(args, processes)
-        finally:
-            processes.close()
-    except UserError as e:
-        sys.exit(f'error: {e}')
-    except KeyboardInterrupt:
-        sys.exit(130)
+    return run_script(parse_args, run, argv)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -12,7 +12,6 @@ to the last bit (on the CPU) as if it had not been.
 """
 import argparse
 import os
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ os.environ.setdefault('GOMP_SPINCOUNT', '1000')
 import torch
 from timm.optim import create_optimizer_v2, optimizer_kwargs, param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
-from timm.utils import random_seed, unwrap_model
+from timm.utils import unwrap_model
 from torch import nn
 
 import ls_vision  # noqa: F401  (registers the models)
@@ -34,41 +33,27 @@ from ls_vision.detection.datasets import DetectionDataset
 from ls_vision.detection.engine import DetectionLoader, DetectionTask, find_objects, score
 from ls_vision.detection.pictures import draw_detections
 from ls_vision.detection.transforms import create_train_transform
-from ls_vision.training.checkpoint import BEST, LAST, load_checkpoint, load_latest, load_weights, save_checkpoint
-from ls_vision.training.config import resolve_lr, save_args
-from ls_vision.training.distributed import Processes, join_processes
-from ls_vision.training.engine import Stopped, train_one_epoch
+from ls_vision.training import randomness
+from ls_vision.training.checkpoint import BEST, LAST, load_checkpoint, load_weights
+from ls_vision.training.config import resolve_lr
+from ls_vision.training.distributed import Processes
 from ls_vision.training.errors import UserError, first_line
 from ls_vision.training.faults import FiniteGuard
 from ls_vision.training.loaders import measure_loader
 from ls_vision.training.logs import Stopwatch, say
-from ls_vision.training.metrics import MetricLog
-from ls_vision.training.randomness import make_deterministic
-from ls_vision.training.signals import StopRequest
+from ls_vision.training.run import TrainingRun, run_script
 from ls_vision.training.state import TrainingState
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Train, evaluate and draw; returns the final figures and the output folder."""
-    try:
-        args = parse_args(argv)
-        if args.deterministic:
-            make_deterministic()
-        processes = join_processes(args.device)
-        try:
-            return run(args, processes)
-        finally:
-            processes.close()
-    except UserError as e:
-        sys.exit(f'error: {e}')
-    except KeyboardInterrupt:
-        sys.exit(130)
+    return run_script(parse_args, run, argv)
 
 
 def run(args: argparse.Namespace, processes: Processes) -> dict[str, Any]:
     """The whole job for checked arguments."""
     watch = Stopwatch()
-    random_seed(args.seed, processes.rank)
+    randomness.prepare(args.seed, processes.rank, args.deterministic)
     args.lr = resolve_lr(args, processes.world_size)
     train_set, val_set = read_sets(args)
     loader = create_loader(args, train_set, processes)
@@ -78,7 +63,8 @@ def run(args: argparse.Namespace, processes: Processes) -> dict[str, Any]:
     state = build_state(args, model, processes, updates_per_epoch=-(-len(loader) // args.grad_accum_steps))
     output = Path(args.output or 'output/detection') / (
         args.experiment or f'{time.strftime("%Y%m%d-%H%M%S")}-{args.detector}-{args.model}')
-    resume(args, state, output)
+    job = TrainingRun(args, state, loader, output, watch)
+    job.resume()
 
     parameters = sum(p.numel() for p in model.parameters())
     names = train_set.class_names
@@ -86,7 +72,7 @@ def run(args: argparse.Namespace, processes: Processes) -> dict[str, Any]:
         f'{", ".join(names[:10])}{", ..." if len(names) > 10 else ""}')
     say(f'{len(train_set.images):,} training images with {train_set.num_objects:,} objects, {len(val_set.images):,} '
         f'with {val_set.num_objects:,} for evaluation; writing to {output}')
-    run_to_the_end(args, state, loader, val_set, output, watch)
+    job.train(lambda stop: evaluate(args, state, val_set), describe)
     return finish(args, state, val_set, output, watch)
 
 
@@ -192,116 +178,18 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float |
     return [group for group in [*groups, *param_groups_weight_decay(others, weight_decay)] if group['params']]
 
 
-def resume(args: argparse.Namespace, state: TrainingState, output: Path) -> None:
-    """Go back to the checkpoint that --resume names, if it does."""
-    if not args.resume:
-        return
-    checkpoint = load_latest(output, say) if args.resume == 'auto' else load_checkpoint(args.resume)
-    if checkpoint is None:
-        say(f'{output} holds no checkpoint yet: the run starts anew')
-        return
-    path = str(output / LAST) if args.resume == 'auto' else args.resume
-    state.load(checkpoint, args, path)
-    progress = state.progress
-    say(f'Going on from {path}: epoch {progress.epoch + 1}, batch {progress.batch}, update {progress.num_updates}')
-
-
-def run_to_the_end(
-        args: argparse.Namespace,
-        state: TrainingState,
-        loader: DetectionLoader,
-        val_set: Annotations,
-        output: Path,
-        watch: Stopwatch,
-) -> None:
-    """Train until all epochs are done, or until a signal says to stop: then save and exit."""
-    log = None
-    if state.processes.is_primary:
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-            save_args(args, output / 'args.yaml')
-        except OSError as e:
-            raise UserError(f'--output {args.output}: cannot be written: {e}') from e
-        wandb = dict(project=args.wandb_project, name=output.name, config=vars(args)) if args.log_wandb else None
-        log = MetricLog(output, state.progress.epoch, state.progress.num_updates, args.log_tensorboard, wandb)
-    try:
-        with StopRequest() as stop:
-            train(args, state, loader, val_set, output, log, stop, watch)
-    except Stopped as e:
-        save(args, state, output)
-        say(f'Stopped by signal {e.signal_number} after update {state.progress.num_updates}, which is in '
-            f'{output / LAST}; go on with --resume auto')
-        sys.exit(128 + e.signal_number)
-    finally:
-        if log is not None:
-            log.close()
-
-
-def train(
-        args: argparse.Namespace,
-        state: TrainingState,
-        loader: DetectionLoader,
-        val_set: Annotations,
-        output: Path,
-        log: MetricLog | None,
-        stop: StopRequest,
-        watch: Stopwatch,
-) -> None:
-    """Train the epochs that are left, evaluating, logging and saving after each."""
-    progress = state.progress
-
-    def after_update(loss: float) -> None:
-        if log is not None and progress.num_updates % args.log_interval == 0:
-            log.log_step(progress.epoch, progress.num_updates, loss=loss, lr=state.lr)
-        if args.recovery_interval and progress.num_updates % args.recovery_interval == 0:
-            save(args, state, output)
-
-    while progress.epoch < state.num_epochs:
-        title = f'epoch {progress.epoch + 1}/{state.num_epochs}'
-        train_one_epoch(state, loader, args, title, watch, stop, after_update)
-        is_last = progress.epoch + 1 == state.num_epochs
-        metrics: dict[str, float] = {}
-        if is_last or (progress.epoch + 1) % args.eval_interval == 0:
-            metrics = evaluate(args, state, val_set, watch)
-        loss = state.mean_loss()
-        if log is not None:
-            log.log_epoch(progress.epoch, progress.num_updates, train_loss=loss, **metrics, lr=state.lr)
-        end_epoch(state, metrics)
-        save(args, state, output, is_best=metrics.get('AP') == progress.best_metric)
-        figures = [f'{name} {metrics[name]:.4f}' for name in ('AP', 'AP50', 'AR') if name in metrics]
-        say(', '.join([f'{title}: train loss {loss:.4f}', *figures]))
-
-
-def evaluate(
-        args: argparse.Namespace,
-        state: TrainingState,
-        val_set: Annotations,
-        watch: Stopwatch,
-) -> dict[str, float]:
-    """COCO's metrics of the averaged weights, or of the model where there is no average."""
-    task = state.task
+def evaluate(args: argparse.Namespace, state: TrainingState, val_set: Annotations) -> dict[str, float]:
+    """COCO's metrics of the averaged weights, or of the model where there is no average; of no epoch in between."""
+    epoch, task = state.progress.epoch + 1, state.task
+    if epoch < state.num_epochs and epoch % args.eval_interval:
+        return {}
     state.processes.share_buffers(task.get_trainable_module(), task.get_trainable_module(ema=True))
-    with watch.measure('evaluation'):
-        return score(val_set, find_objects(state.eval_model, val_set, args, state.processes), args)
+    return score(val_set, find_objects(state.eval_model, val_set, args, state.processes), args)
 
 
-def end_epoch(state: TrainingState, metrics: dict[str, float]) -> None:
-    """Move on to the next epoch."""
-    progress = state.progress
-    if state.scheduler is not None:
-        state.scheduler.step(progress.epoch + 1, metrics.get('AP'))
-    progress.metrics = metrics
-    progress.best_metric = max(progress.best_metric, metrics.get('AP', -1.))
-    progress.epoch += 1
-    progress.batch = 0
-    state.loss_sum, state.num_images = 0., 0
-
-
-def save(args: argparse.Namespace, state: TrainingState, output: Path, is_best: bool = False) -> None:
-    """Write the checkpoint; every process calls it, the first one writes."""
-    content = state.checkpoint(args, unreadable=torch.zeros(0, dtype=torch.long))
-    if state.processes.is_primary:
-        save_checkpoint(output, content, is_best)
+def describe(metrics: dict[str, float]) -> str:
+    """An epoch's figures in words."""
+    return ', '.join(f'{name} {metrics[name]:.4f}' for name in ('AP', 'AP50', 'AR'))
 
 
 def finish(

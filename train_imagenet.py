@@ -14,11 +14,9 @@ SIGTERM and Ctrl-C save and exit. `--experiment NAME --resume auto` starts a run
 result equals that of an unbroken run to the last bit.
 """
 import argparse
-import contextlib
 import os
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,19 +33,18 @@ from timm.models import safe_model_name
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import ClassificationTask
-from timm.utils import get_outdir, random_seed
 from torch import nn
 
 from ls_vision.analysis import pictures
-from ls_vision.training.checkpoint import LAST, load_checkpoint, load_latest, load_weights, save_checkpoint
-from ls_vision.training.config import parse_args, resolve_lr, save_args
-from ls_vision.training.distributed import Processes, join_processes
-from ls_vision.training.engine import Stopped, evaluate, train_one_epoch
+from ls_vision.training import randomness
+from ls_vision.training.checkpoint import LAST, load_weights
+from ls_vision.training.config import parse_args, resolve_lr
+from ls_vision.training.distributed import Processes
+from ls_vision.training.engine import evaluate
 from ls_vision.training.errors import UserError, first_line
 from ls_vision.training.faults import FiniteGuard
 from ls_vision.training.loaders import (
     Datasets,
-    TrainLoader,
     create_datasets,
     create_loaders,
     measure_loader,
@@ -55,39 +52,20 @@ from ls_vision.training.loaders import (
     uses_mixup,
 )
 from ls_vision.training.logs import Stopwatch, say
-from ls_vision.training.metrics import MetricLog
 from ls_vision.training.models import create_model
-from ls_vision.training.randomness import make_deterministic
-from ls_vision.training.signals import StopRequest
+from ls_vision.training.run import TrainingRun, run_script
 from ls_vision.training.state import TrainingState
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Train, evaluate and draw; returns the final figures and the output folder."""
-    try:
-        args = parse_args(argv)
-        with processes_for(args) as processes:
-            return run(args, processes)
-    except UserError as e:
-        sys.exit(f'error: {e}')
-
-
-@contextlib.contextmanager
-def processes_for(args: argparse.Namespace) -> Iterator[Processes]:
-    """The processes of the run, seeded."""
-    if args.deterministic:
-        make_deterministic()
-    processes = join_processes(args.device)
-    try:
-        random_seed(args.seed, processes.rank)
-        yield processes
-    finally:
-        processes.close()
+    return run_script(parse_args, run, argv)
 
 
 def run(args: argparse.Namespace, processes: Processes) -> dict[str, Any]:
     """The whole job for checked arguments."""
     watch = Stopwatch()
+    randomness.prepare(args.seed, processes.rank, args.deterministic)
     args.lr = resolve_lr(args, processes.world_size)
     datasets = create_datasets(args)
     num_classes = resolve_num_classes(args, datasets)
@@ -104,13 +82,14 @@ def run(args: argparse.Namespace, processes: Processes) -> dict[str, Any]:
     updates_per_epoch = -(-len(train_loader) // args.grad_accum_steps)
     state = build_state(args, model, updates_per_epoch, processes)
     output = output_folder(args, data_config)
-    resume(args, state, train_loader.dataset, output)
+    job = TrainingRun(args, state, train_loader, output, watch)
+    job.resume()
     say(f'{len(datasets.train):,} training and {len(datasets.val):,} test images; writing to {output}')
     images_at_once = args.batch_size * args.grad_accum_steps * processes.world_size
     say(f'Updates of {images_at_once} images, peak learning rate {args.lr:g}')
     if not pictures.is_available():
         say(f'No pictures will be drawn: {pictures.INSTALL_HINT}')
-    run_to_the_end(args, state, train_loader, val_loader, output, watch)
+    job.train(lambda stop: evaluate(state, val_loader, args, stop), describe)
 
     result = state.progress.metrics
     if pictures.is_available() and processes.is_primary:
@@ -177,131 +156,12 @@ def output_folder(args: argparse.Namespace, data_config: dict[str, Any]) -> Path
     return Path(args.output or 'output/train') / name
 
 
-def resume(args: argparse.Namespace, state: TrainingState, dataset: Any, output: Path) -> None:
-    """Go back to the checkpoint that --resume names, if it does."""
-    if not args.resume:
-        return
-    checkpoint = load_latest(output, say) if args.resume == 'auto' else load_checkpoint(args.resume)
-    if checkpoint is None:
-        say(f'{output} holds no checkpoint yet: the run starts anew')
-        return
-    path = str(output / LAST) if args.resume == 'auto' else args.resume
-    unreadable = state.load(checkpoint, args, path)
-    if len(unreadable):
-        dataset.mark_unreadable(unreadable)
-    changed = [
-        f'{name} {old!r} -> {getattr(args, name)!r}' for name, old in checkpoint['args'].items()
-        if name != 'resume' and getattr(args, name, old) != old]
-    progress = state.progress
-    say(f'Going on from {path}: epoch {progress.epoch + 1}, batch {progress.batch}, update {progress.num_updates}'
-        + (f'; other arguments than before: {", ".join(changed)}' if changed else ''))
-
-
-def run_to_the_end(
-        args: argparse.Namespace,
-        state: TrainingState,
-        train_loader: TrainLoader,
-        val_loader: Any,
-        output: Path,
-        watch: Stopwatch,
-) -> None:
-    """Train until all epochs are done, or until a signal says to stop: then save and exit."""
-    log = None
-    if state.processes.is_primary:
-        try:
-            get_outdir(str(output))
-            save_args(args, output / 'args.yaml')
-        except OSError as e:
-            raise UserError(f'--output {args.output}: cannot be written: {e}') from e
-        log = MetricLog(
-            output, state.progress.epoch, state.progress.num_updates, args.log_tensorboard,
-            dict(project=args.wandb_project, name=output.name, config=vars(args)) if args.log_wandb else None)
-    save = Saver(args, state, train_loader.dataset, output)
-    try:
-        with StopRequest() as stop:
-            train(args, state, train_loader, val_loader, log, save, stop, watch)
-    except Stopped as e:
-        save()
-        say(f'Stopped by signal {e.signal_number} after update {state.progress.num_updates}, which is in '
-            f'{output / LAST}; go on with --resume auto')
-        sys.exit(128 + e.signal_number)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    finally:
-        if log is not None:
-            log.close()
-
-
-class Saver:
-    """Writes the checkpoint of a run; every process calls it, the first one writes."""
-
-    def __init__(self, args: argparse.Namespace, state: TrainingState, dataset: Any, output: Path):
-        self.args, self.state, self.dataset, self.output = args, state, dataset, output
-
-    def __call__(self, is_best: bool = False) -> None:
-        content = self.state.checkpoint(self.args, self.unreadable())
-        if self.state.processes.is_primary:
-            save_checkpoint(self.output, content, is_best)
-
-    def unreadable(self) -> torch.Tensor:
-        """Indices of the training images that could not be read, by any process."""
-        mine = getattr(self.dataset, 'unreadable', torch.zeros(0))
-        return self.state.processes.sum(mine.long()).nonzero().flatten()
-
-
-def train(
-        args: argparse.Namespace,
-        state: TrainingState,
-        train_loader: TrainLoader,
-        val_loader: Any,
-        log: MetricLog | None,
-        save: Saver,
-        stop: StopRequest,
-        watch: Stopwatch,
-) -> None:
-    """Train the epochs that are left, evaluating, logging and saving after each."""
-    progress = state.progress
-
-    def after_update(loss: float) -> None:
-        if log is not None and progress.num_updates % args.log_interval == 0:
-            log.log_step(progress.epoch, progress.num_updates, loss=loss, lr=state.lr)
-        if args.recovery_interval and progress.num_updates % args.recovery_interval == 0:
-            save()
-
-    while progress.epoch < state.num_epochs:
-        title = f'epoch {progress.epoch + 1}/{state.num_epochs}'
-        train_one_epoch(state, train_loader, args, title, watch, stop, after_update)
-        with watch.measure('evaluation'):
-            metrics = evaluate(state, val_loader, args, stop)
-        figures = dict(loss=state.mean_loss(), skipped=state.guard.skipped, unreadable=len(save.unreadable()))
-        end_epoch(state, figures, metrics, log)
-        save(is_best=metrics['top1'] == progress.best_metric)
-        say(f'{title}: train loss {figures["loss"]:.4f}, test loss {metrics["loss"]:.4f}, top-1 {metrics["top1"]:.2f} %'
-            + ''.join(f', {text}' for text, count in (
-                (f'{figures["skipped"]} steps skipped', figures['skipped']),
-                (f'{figures["unreadable"]} training images unreadable', figures['unreadable']),
-                (f'{metrics["unreadable"]} test images unreadable, counted as wrong', metrics['unreadable'])) if count))
-
-
-def end_epoch(
-        state: TrainingState,
-        figures: dict[str, float],
-        metrics: dict[str, float],
-        log: MetricLog | None,
-) -> None:
-    """Log an epoch's figures and move on to the next."""
-    progress = state.progress
-    if log is not None:
-        log.log_epoch(
-            progress.epoch, progress.num_updates, **{f'train_{name}': value for name, value in figures.items()},
-            **{f'eval_{name}': value for name, value in metrics.items()}, lr=state.lr)
-    if state.scheduler is not None:
-        state.scheduler.step(progress.epoch + 1, metrics['top1'])
-    progress.metrics = metrics
-    progress.best_metric = max(progress.best_metric, metrics['top1'])
-    progress.epoch += 1
-    progress.batch = 0
-    state.loss_sum, state.num_images = 0., 0
+def describe(metrics: dict[str, float]) -> str:
+    """An epoch's test figures in words."""
+    text = f'test loss {metrics["loss"]:.4f}, top-1 {metrics["top1"]:.2f} %'
+    if metrics['unreadable']:
+        text += f', {metrics["unreadable"]} test images unreadable, counted as wrong'
+    return text
 
 
 def draw_pictures(

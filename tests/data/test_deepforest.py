@@ -43,6 +43,6 @@ def test_no_network(tmp_path):
         tmp_path / 'trees', PIP_CONFIG_FILE=os.devnull, PIP_INDEX_URL='http://127.0.0.1:9', PIP_RETRIES='0',
         PIP_EXTRA_INDEX_URL='', PIP_FIND_LINKS='')
     assert done.returncode == 1
-    assert 'error: `pip download deepforest==2.1.0` failed' in done.stderr
+    assert 'error: `python -m pip download --no-deps deepforest==2.1.0` failed' in done.stderr
     assert 'Traceback' not in done.stderr
     assert not list(tmp_path.iterdir())

@@ -79,7 +79,8 @@ def test_exact_counts_in_training_and_evaluation(config, damaged_folder, workers
                '--max-unreadable', '.5', '--epochs', '2']
     result = train_imagenet.main(options)
     out = capsys.readouterr().out
-    assert '200 training images unreadable, 50 test images unreadable, counted as wrong' in out
+    assert ', 200 training images unreadable, test loss' in out
+    assert ', 50 test images unreadable, counted as wrong' in out
     epochs = [json.loads(line) for line in (result['output'] / 'metrics.jsonl').read_text().splitlines()]
     assert [epoch['train_unreadable'] for epoch in epochs if 'train_loss' in epoch] == [200, 200]
     assert (result['images'], result['unreadable']) == (150, 50)

@@ -1,0 +1,170 @@
+"""The course of a script, from arguments to exit code, and of a training run, from its checkpoint to its end."""
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from .checkpoint import LAST, load_checkpoint, load_latest, save_checkpoint
+from .config import save_args
+from .distributed import Processes, join_processes
+from .engine import BatchSource, Stopped, train_one_epoch
+from .errors import UserError
+from .logs import Stopwatch, say
+from .metrics import MetricLog
+from .signals import StopRequest
+from .state import TrainingState
+
+Result = TypeVar('Result')
+Metrics = dict[str, float]
+
+
+def run_script(
+        parse: Callable[[Sequence[str] | None], argparse.Namespace],
+        job: Callable[[argparse.Namespace, Processes], Result],
+        argv: Sequence[str] | None,
+) -> Result:
+    """What every script's `main` does: parse, join the run's processes, do the job; a user's error is one line.
+
+    Args:
+        parse: Makes checked arguments, `device` among them, of a command line.
+        job: Does the work.
+        argv: Command line without the program's name; None reads `sys.argv`.
+    """
+    try:
+        args = parse(argv)
+        processes = join_processes(args.device)
+        try:
+            return job(args, processes)
+        finally:
+            processes.close()
+    except UserError as e:
+        sys.exit(f'error: {e}')
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+class TrainingRun:
+    """A state that is trained on a loader's batches; all that it leaves is in one folder.
+
+    Args:
+        args: The script's arguments.
+        state: What is trained.
+        loader: Training batches.
+        output: The run's folder; made when training starts.
+        watch: Takes the seconds of each kind of work.
+    """
+
+    def __init__(
+            self,
+            args: argparse.Namespace,
+            state: TrainingState,
+            loader: BatchSource,
+            output: Path,
+            watch: Stopwatch,
+    ):
+        self.args, self.state, self.loader, self.output, self.watch = args, state, loader, output, watch
+
+    def resume(self) -> None:
+        """Go back to the checkpoint that --resume names, if it does.
+
+        Raises:
+            UserError: The file cannot be read or does not fit.
+        """
+        args = self.args
+        if not args.resume:
+            return
+        checkpoint = load_latest(self.output, say) if args.resume == 'auto' else load_checkpoint(args.resume)
+        if checkpoint is None:
+            say(f'{self.output} holds no checkpoint yet: the run starts anew')
+            return
+        path = str(self.output / LAST) if args.resume == 'auto' else args.resume
+        unreadable = self.state.load(checkpoint, args, path)
+        if len(unreadable):
+            self.loader.dataset.mark_unreadable(unreadable)
+        changed = [
+            f'{name} {old!r} -> {getattr(args, name)!r}' for name, old in checkpoint['args'].items()
+            if name != 'resume' and getattr(args, name, old) != old]
+        progress = self.state.progress
+        say(f'Going on from {path}: epoch {progress.epoch + 1}, batch {progress.batch}, update {progress.num_updates}'
+            + (f'; other arguments than before: {", ".join(changed)}' if changed else ''))
+
+    def train(self, evaluate: Callable[[StopRequest], Metrics], describe: Callable[[Metrics], str]) -> None:
+        """Train the epochs that are left, evaluating, logging and saving after each.
+
+        A signal that says to stop makes it save and exit.
+
+        Args:
+            evaluate: Figures of the state after an epoch; of none where it is not evaluated.
+            describe: Those figures in words.
+        """
+        log = self._open_log() if self.state.processes.is_primary else None
+        try:
+            with StopRequest() as stop:
+                while self.state.progress.epoch < self.state.num_epochs:
+                    self._train_epoch(evaluate, describe, log, stop)
+        except Stopped as e:
+            self.save()
+            say(f'Stopped by signal {e.signal_number} after update {self.state.progress.num_updates}, which is in '
+                f'{self.output / LAST}; go on with --resume auto')
+            sys.exit(128 + e.signal_number)
+        finally:
+            if log is not None:
+                log.close()
+
+    def save(self, is_best: bool = False) -> None:
+        """Write the checkpoint; every process calls it, the first one writes."""
+        content = self.state.checkpoint(self.args, self._unreadable())
+        if self.state.processes.is_primary:
+            save_checkpoint(self.output, content, is_best)
+
+    def _open_log(self) -> MetricLog:
+        args, progress = self.args, self.state.progress
+        try:
+            self.output.mkdir(parents=True, exist_ok=True)
+            save_args(args, self.output / 'args.yaml')
+        except OSError as e:
+            raise UserError(f'--output {args.output}: cannot be written: {e}') from e
+        wandb = dict(project=args.wandb_project, name=self.output.name, config=vars(args)) if args.log_wandb else None
+        return MetricLog(self.output, progress.epoch, progress.num_updates, args.log_tensorboard, wandb)
+
+    def _train_epoch(
+            self,
+            evaluate: Callable[[StopRequest], Metrics],
+            describe: Callable[[Metrics], str],
+            log: MetricLog | None,
+            stop: StopRequest,
+    ) -> None:
+        args, state, progress = self.args, self.state, self.state.progress
+
+        def after_update(loss: float) -> None:
+            if log is not None and progress.num_updates % args.log_interval == 0:
+                log.log_step(progress.epoch, progress.num_updates, loss=loss, lr=state.lr)
+            if args.recovery_interval and progress.num_updates % args.recovery_interval == 0:
+                self.save()
+
+        title = f'epoch {progress.epoch + 1}/{state.num_epochs}'
+        train_one_epoch(state, self.loader, args, title, self.watch, stop, after_update)
+        with self.watch.measure('evaluation'):
+            metrics = evaluate(stop)
+        loss, skipped, unreadable = state.mean_loss(), state.guard.skipped, len(self._unreadable())
+        if log is not None:
+            log.log_epoch(
+                progress.epoch, progress.num_updates,
+                train_loss=loss, train_skipped=skipped, train_unreadable=unreadable,
+                **{f'eval_{name}': value for name, value in metrics.items()}, lr=state.lr)
+        is_best = state.end_epoch(metrics)
+        self.save(is_best)
+        say(', '.join([
+            f'{title}: train loss {loss:.4f}',
+            *([f'{skipped} steps skipped'] if skipped else []),
+            *([f'{unreadable} training images unreadable'] if unreadable else []),
+            *([describe(metrics)] if metrics else []),
+        ]))
+
+    def _unreadable(self) -> torch.Tensor:
+        """Indices of the training images that could not be read, by any process."""
+        mine = getattr(self.loader.dataset, 'unreadable', torch.zeros(0))
+        return self.state.processes.sum(mine.long()).nonzero().flatten()
