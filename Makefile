@@ -25,6 +25,8 @@ demo: install  ## the main job: a small ViL-LS trained on CIFAR-10
 	$(BIN)/python train_imagenet.py --config configs/cifar10.yaml
 
 demo-detection: install  ## a detector trained on one aerial photograph and tested on another, in output/deepforest
+	$(BIN)/python -m ls_vision.data.cifar10 --data-dir data/cifar10
+	$(BIN)/python train_imagenet.py --config configs/detection/deepforest_backbone.yaml --resume auto
 	$(BIN)/python -m ls_vision.data.deepforest --data-dir data/deepforest
 	$(BIN)/python train_detection.py --config configs/detection/deepforest.yaml
 

@@ -73,6 +73,7 @@ def train(name: str, values: dict[str, Any], args: argparse.Namespace) -> dict[s
     output = ROOT / 'output' / 'detection_comparison'
     output.mkdir(parents=True, exist_ok=True)
     config = {**yaml.safe_load(CONFIG.read_text()), **values}
+    config.pop('initial_backbone')  # from scratch, as the others must
     config.update(epochs=EPOCHS, warmup_epochs=EPOCHS / 10, eval_interval=EPOCHS, workers=0, device='cpu',
                   output=str(output), experiment=name.replace(' ', '_'))
     path = output / f'{config["experiment"]}.yaml'
