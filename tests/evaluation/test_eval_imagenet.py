@@ -59,6 +59,12 @@ def test_unreadable_images_count_as_wrong(options, make_folder, tmp_path, capsys
     assert '3 of 23 images could not be read; they count as wrong' in capsys.readouterr().out
 
 
+def test_sketch_has_the_classes_of_the_validation_set(options, make_folder, tmp_path):
+    make_folder(tmp_path)
+    result = run(options, '--data-dir', tmp_path, '--variant', 'sketch')
+    assert (result['variant'], result['images'], result['top1'], result['top5']) == ('sketch', 20, 90., 95.)
+
+
 @pytest.mark.parametrize('variant', ['a', 'r'])
 def test_subsets_of_200_classes(options, make_folder, tmp_path, variant):
     classes = imagenet.subset(variant)
