@@ -6,8 +6,9 @@
     python benchmarks/detection_memory.py --device cuda --amp
 
 A step is forward, backward and an AdamW update on one image; memory is the peak of the process (of the allocator on a
-GPU), optimiser and weights included. A case that exceeds --memory-limit is a result: out of memory. Results go to
-benchmarks/results/, a JSON file and a Markdown table, after every case.
+GPU), optimiser and weights included. Images are padded to multiples of 32 pixels, as torchvision's detectors do. A case
+that exceeds --memory-limit is a result: out of memory. Results go to benchmarks/results/, a JSON file and a Markdown
+table, after every case; a case that has its result there is not run again.
 """
 import argparse
 import datetime
@@ -42,10 +43,12 @@ def main() -> None:
     machine = describe_machine(args.device, 'bfloat16 autocast' if args.amp else 'float32', args.threads)
     checkpointing = '_checkpointing' if args.grad_checkpointing else ''
     name = f'detection_memory_{args.detector or "fpn"}{checkpointing}_{args.device}_{datetime.date.today():%Y-%m-%d}'
-    rows: list[dict[str, Any]] = []
+    saved = args.out / f'{name}.json'
+    rows: list[dict[str, Any]] = json.loads(saved.read_text())['rows'] if saved.exists() else []
+    measured = {(row['model'], (row['height'], row['width'])) for row in rows}
     try:
         for model in args.models:
-            for size in tqdm(args.sizes, desc=model, disable=None):
+            for size in tqdm([s for s in args.sizes if (model, s) not in measured], desc=model, disable=None):
                 rows.append(dict(model=model, height=size[0], width=size[1], **run_case(model, size)))
                 write(args.out / name, machine, rows, markdown(rows, args))
     except KeyboardInterrupt:
@@ -119,6 +122,8 @@ def make_step(name: str, size: tuple[int, int], args: argparse.Namespace) -> Any
         model = PyramidBackbone(name, grad_checkpointing=args.grad_checkpointing)
     model.to(args.device)
     optimizer = torch.optim.AdamW(model.parameters())
+    if not args.detector:
+        size = (-(-size[0] // 32) * 32, -(-size[1] // 32) * 32)
     image = torch.rand(3, *size, device=args.device)
     corners = torch.rand(20, 2, device=args.device) * (min(size) - 64)
     target = dict(
