@@ -180,12 +180,25 @@ def test_one_clear_error(config, extra, message):
     assert str(error.value.code).startswith('error: ')
 
 
+@pytest.fixture(scope='module')
+def classifier(tmp_path_factory):
+    """Untrained weights of the model of configs/detection/deepforest_backbone.yaml."""
+    from ls_vision.training.config import parse_args
+    from ls_vision.training.models import create_model
+
+    args = parse_args(['--config', str(ROOT / 'configs' / 'detection' / 'deepforest_backbone.yaml')])
+    path = tmp_path_factory.mktemp('classifier') / 'last.pth.tar'
+    torch.save(create_model(args, args.num_classes).state_dict(), path)
+    return path
+
+
 @pytest.mark.parametrize('name', ['coco_retinanet_1x', 'coco_mask_rcnn_3x', 'deepforest'])
-def test_recipes_build(name):
+def test_recipes_build(name, classifier):
     from ls_vision.detection.config import parse_args
     from ls_vision.training.distributed import Processes
 
-    args = parse_args(['--config', str(ROOT / 'configs' / 'detection' / f'{name}.yaml'), '--device', 'cpu'])
+    start = ['--initial-backbone', str(classifier)] if name == 'deepforest' else []
+    args = parse_args(['--config', str(ROOT / 'configs' / 'detection' / f'{name}.yaml'), '--device', 'cpu', *start])
     model = train_detection.build_model(args, num_classes=80)
     state = train_detection.build_state(args, model, Processes(torch.device('cpu')), updates_per_epoch=100)
     rates = []
