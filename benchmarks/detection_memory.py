@@ -8,7 +8,7 @@
 A step is forward, backward and an AdamW update on one image; memory is the peak of the process (of the allocator on a
 GPU), optimiser and weights included. Images are padded to multiples of 32 pixels, as torchvision's detectors do. A case
 that exceeds --memory-limit is a result: out of memory. Results go to benchmarks/results/, a JSON file and a Markdown
-table, after every case; a case that has its result there is not run again.
+table, after every case; the same command goes on where it stopped.
 """
 import argparse
 import datetime
@@ -43,8 +43,7 @@ def main() -> None:
     machine = describe_machine(args.device, 'bfloat16 autocast' if args.amp else 'float32', args.threads)
     checkpointing = '_checkpointing' if args.grad_checkpointing else ''
     name = f'detection_memory_{args.detector or "fpn"}{checkpointing}_{args.device}_{datetime.date.today():%Y-%m-%d}'
-    saved = args.out / f'{name}.json'
-    rows: list[dict[str, Any]] = json.loads(saved.read_text())['rows'] if saved.exists() else []
+    rows = saved_rows(args.out / f'{name}.json', machine['command'])
     measured = {(row['model'], (row['height'], row['width'])) for row in rows}
     try:
         for model in args.models:
@@ -54,6 +53,13 @@ def main() -> None:
     except KeyboardInterrupt:
         print('Interrupted.', file=sys.stderr)
     print((args.out / f'{name}.md').read_text() if rows else 'Nothing was measured.')
+
+
+def saved_rows(path: Path, command: str) -> list[dict[str, Any]]:
+    """What the same command has measured already; a case that failed for another reason than memory is tried again."""
+    saved = json.loads(path.read_text()) if path.exists() else dict(machine={}, rows=[])
+    same = saved['machine'].get('command') == command
+    return [row for row in saved['rows'] if same and row.get('error') in (None, 'out of memory')]
 
 
 def parse_args() -> argparse.Namespace:

@@ -298,8 +298,8 @@ def digest(report: Report, side: float = 1024.) -> str:
 
 def compare_at(report: Report, quantity: Quantity, side: float) -> str:
     """A quantity of all models at one size, as multiples of the long-short model that takes least."""
-    values = {model: report.curve(quantity, model)[side] for model in report.models
-              if side in report.curve(quantity, model)}
+    curves = {model: report.curve(quantity, model) for model in report.models}
+    values = {model: curve[side] for model, curve in curves.items() if side in curve}
     ours = [(value, model) for model, value in values.items() if value is not None and has_long_short_attention(model)]
     if not ours:
         return f'{quantity.name} at {side:.0f} px was not measured.'

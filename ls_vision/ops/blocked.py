@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import chunks
-from .chunks import slices
 from .geometry import WindowRun, key_margin, window_runs
 
 MAX_KEPT_TILES = 512  # views of buffers, a few for each shape of block
@@ -99,9 +98,9 @@ def plan_blocks(
         images = min(batch, max(elements // (window * cols * rows), 1))
         blocks += [
             Block(image, row, col, row_run, col_run, window_size)
-            for image in slices(batch, images)
-            for row in slices(row_run.num_windows, rows)
-            for col in slices(col_run.num_windows, cols)
+            for image in chunks.slices(batch, images)
+            for row in chunks.slices(row_run.num_windows, rows)
+            for col in chunks.slices(col_run.num_windows, cols)
         ]
     return blocks
 
