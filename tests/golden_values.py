@@ -76,3 +76,73 @@ def released_shapes(model):
                 key = f'{layer}.0.{"norm_embed" if parts[3] == "norm" else "proj"}.{parts[4]}'
         shapes[key.replace('head.fc', 'head')] = tuple(value.shape)
     return shapes
+
+
+def golden_tensors():
+    """(name, tensor) of outputs and gradients of every golden case, fused and not, with and without gradients.
+
+    Golden files say what the released implementation gives to within rounding; these are this implementation's own
+    values, which a refactor must leave as they are to the last bit.
+    """
+    import timm
+
+    import ls_vision  # noqa: F401  registers the models
+    from ls_vision.compat import AttentionLS
+
+    def run(name, module, x, *args):
+        module.eval()
+        with torch.no_grad():
+            yield f'{name} without gradients', module(x, *args)
+        x = x.clone().requires_grad_()
+        out = module(x, *args)
+        yield f'{name} output', out.detach()
+        module.zero_grad()
+        out.backward(golden_image(f'{name} gradient', out.shape))
+        yield f'{name} input gradient', x.grad
+        for key in sorted(dict(module.named_parameters()), key=old_name):
+            grad = module.get_parameter(key).grad
+            if grad is not None:  # frozen parameters have none
+                yield f'{name} gradient of {old_name(key)}', grad
+
+    for path in ATTENTION_FILES:
+        meta, tensors = read_golden(path)
+        module = AttentionLS(
+            int(meta['dim']), int(meta['num_heads']), qkv_bias=meta.get('qkv_bias') != 'False',
+            rpe=meta['rpe'] == 'True', nglo=int(meta['nglo']), dp_rank=int(meta['rank']), w=int(meta['window']),
+            global_attention=meta.get('global_mode', 'post'))
+        module.load_state_dict({key[6:]: value for key, value in tensors.items() if key.startswith('param.')})
+        for fused in (True, False):
+            module.fused_attn = fused
+            grid = int(meta['grid'])
+            yield from run(f'{path.stem} {"fused" if fused else "explicit"}', module, tensors['x'], grid, grid)
+    for name, size in (('vil_ls_tiny', (96, 128)), ('vil_ls_tiny_linear', (97, 128)), ('cvt_ls_13', (64, 96))):
+        model = timm.create_model(name, num_classes=7)
+        shapes = {old_name(key): tuple(value.shape) for key, value in model.state_dict().items()}
+        state_dict = golden_state_dict({k: s for k, s in shapes.items() if s and 'running' not in k})
+        model.load_state_dict(state_dict, strict=False)
+        yield from run(name, model, golden_image(name, (2, 3, *size)))
+
+
+def old_name(key):
+    """A parameter's name in checkpoints of the first versions."""
+    return key
+
+
+def main():
+    """Prints a SHA-256 for each golden case and one over all: equal before and after a change that moves code alone."""
+    import hashlib
+
+    torch.set_num_threads(1)
+    total, cases = hashlib.sha256(), {}
+    for name, tensor in golden_tensors():
+        digest = hashlib.sha256(tensor.contiguous().numpy().tobytes())
+        case = name.split(' gradient of')[0]
+        cases.setdefault(case, hashlib.sha256()).update(digest.digest())
+        total.update(digest.digest())
+    for case, digest in cases.items():
+        print(digest.hexdigest()[:16], case)
+    print(total.hexdigest(), 'all')
+
+
+if __name__ == '__main__':
+    main()
