@@ -3,6 +3,7 @@
 A tensor is standard normal noise from numpy's PCG64, seeded with the CRC-32 of its name, and scaled by its kind.
 """
 import json
+import re
 import zlib
 from pathlib import Path
 
@@ -124,7 +125,13 @@ def golden_tensors():
 
 
 def old_name(key):
-    """A parameter's name in checkpoints of the first versions."""
+    """A parameter's name in checkpoints of the first versions, in which CvT's linear maps had other names."""
+    kinds = {'query': 0, 'key': 1, 'value': 2}
+    for pattern, old in (
+            (r'attn\.(query|key|value)\.conv\.', 'attn.qkv.conv.{}.0.'), (r'attn\.(query|key|value)\.norm\.', 'attn.qkv.conv.{}.1.'),
+            (r'attn\.(query|key|value)\.qkv\.', 'attn.qkv.proj.{}.'), (r'attn\.scores\.(conv)\.', 'attn.to_dynamic_projection.conv.0.'),
+            (r'attn\.scores\.(to_dynamic_projection)\.', 'attn.to_dynamic_projection.proj.')):
+        key = re.sub(pattern, lambda match, old=old: old.format(kinds.get(match[1])), key)
     return key
 
 

@@ -13,8 +13,7 @@ from timm.models import swin_transformer
 from torch import nn
 
 from ls_vision.layers import FullAttention2d, LongShortAttention2d
-from ls_vision.layers.projection import LinearQKV
-from ls_vision.ops.geometry import key_margin, num_windows
+from ls_vision.ops.window import num_keys, num_queries, num_windows, square_window
 
 Macs = dict[str, int]
 """Multiply-adds by part of the model, a key of `PARTS` each."""
@@ -39,15 +38,15 @@ def long_short_attention(layer: LongShortAttention2d, args: tuple, out: torch.Te
     2 nH nW w^2 (r + g) C, and the global tokens' own attention 2 g (g + N) C.
     """
     (B, L, C), feat_size = args[0].shape, args[1]
-    w, r, g = layer.window_size, layer.rank, layer.num_global_tokens
+    window, r, g = square_window(layer.window_size), layer.rank, layer.num_global_tokens
     N = L - g
-    queries = N if w == 0 else math.prod(num_windows(feat_size, w)) * w ** 2
-    keys = 0 if w == 0 else (w + 2 * key_margin(w)) ** 2
+    queries = N if window.rows == 0 else math.prod(num_windows(feat_size, window)) * num_queries(window)
+    keys = num_keys(window)
     return {
         'window': 2 * B * queries * keys * C,
         'long-range': 2 * B * C * (N * r + queries * (r + g) + g * (g + N)),
         # a depthwise and a linear layer of their own make a convolutional projection
-        'linear': 3 * B * L * C * C if isinstance(layer.qkv, LinearQKV) else 0,
+        'linear': 0,
     }
 
 

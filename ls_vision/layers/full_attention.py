@@ -2,8 +2,7 @@
 
 Shapes: B batch, H x W grid, N = H * W local tokens, g global tokens, L = g + N, C channels, h heads, d = C / h.
 """
-from typing import Any, Final, List, NamedTuple, Optional, Tuple
-from weakref import WeakKeyDictionary
+from typing import Any, Dict, Final, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -11,31 +10,16 @@ from timm.layers import trunc_normal_, use_fused_attn
 from timm.models import register_notrace_function
 from torch import Tensor, nn
 
-from ..ops.inference import is_eager_inference
-from ..ops.weights import attention_weights
+from ..ops.calls import is_followed
+from ..ops.numerics import attention_weights
+from . import cpu
 from .checks import check_heads, check_token_count
-from .linear import Linear
 from .position_bias import grid_bias, grid_bias_rows, resize_grid_bias
-from .projection import ConvQKV, LinearQKV
+from .projection import ConvQKV, rename_old_keys, to_grid
 
-# reason for both: sizes that are Proxies would decide control flow or go into arange
-register_notrace_function(grid_bias)
-register_notrace_function(check_token_count)
-
-
-# What a layer may keep of its position bias: enough for grids of 24 x 24 (384 px) and 6 heads in float32.
-KEPT_BIAS_BYTES = 2 ** 23
-
-
-class KeptBias(NamedTuple):
-    """A position bias and what it was made of."""
-    bias: Tensor
-    feat_size: Tuple[int, int]
-    tables: List[Any]
-
-
-# not attributes of the layers, so that copies and files of a model hold weights alone
-_kept: 'WeakKeyDictionary[nn.Module, KeptBias]' = WeakKeyDictionary()
+# reason for all: sizes that are Proxies would decide control flow or go into arange
+for function in (grid_bias, check_token_count, is_followed, cpu.position_bias):
+    register_notrace_function(function)
 
 
 class FullAttention2d(nn.Module):
@@ -87,7 +71,14 @@ class FullAttention2d(nn.Module):
         self.scale = (dim // num_heads) ** -0.5
         self.fused_attn = use_fused_attn()
 
-        self.qkv = (ConvQKV if conv_projection else LinearQKV)(dim, bias=qkv_bias, **dd)
+        self.qkv: Optional[nn.Module] = None
+        self.query: Optional[nn.Module] = None
+        self.key: Optional[nn.Module] = None
+        self.value: Optional[nn.Module] = None
+        if conv_projection:
+            self.query, self.key, self.value = (ConvQKV(dim, bias=qkv_bias, **dd) for _ in range(3))
+        else:
+            self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
         self.local_relative_position_bias_table = None
         self.g2l_relative_position_bias = None
         self.g2g_relative_position_bias = None
@@ -99,7 +90,7 @@ class FullAttention2d(nn.Module):
                 self.g2l_relative_position_bias = nn.Parameter(torch.empty(2, num_heads, g, **dd))
                 self.g2g_relative_position_bias = nn.Parameter(torch.empty(num_heads, g, g, **dd))
         self.attn_drop = nn.Dropout(attn_drop)
-        self.proj = Linear(dim, dim, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
         self.reset_parameters()
 
@@ -126,21 +117,9 @@ class FullAttention2d(nn.Module):
         return grid_bias(
             table, self.g2g_relative_position_bias, self.g2l_relative_position_bias, self.feat_size, feat_size)
 
-    @torch.jit.unused
-    def _position_bias_in_evaluation(self, feat_size: Tuple[int, int], dtype: torch.dtype) -> Optional[Tensor]:
-        """`position_bias` in a dtype, made anew where weights, grid or dtype are not those of the call before."""
-        tables: List[Tensor] = list(self.parameters(recurse=False))
-        if not tables or any(type(t) is not nn.Parameter or not _is_comparable(t) for t in tables):
-            bias = self.position_bias(feat_size)
-            return None if bias is None else bias.to(dtype)
-        kept = _kept.get(self)
-        if kept is None or kept.feat_size != feat_size or kept.bias.dtype != dtype or not _are(tables, kept.tables):
-            bias = self.position_bias(feat_size)
-            assert bias is not None
-            kept = KeptBias(bias.to(dtype), feat_size, [_fingerprint(t) for t in tables])
-            if kept.bias.nbytes <= KEPT_BIAS_BYTES:
-                _kept[self] = kept
-        return kept.bias
+    def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args: Any) -> None:
+        rename_old_keys(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x: Tensor, feat_size: Tuple[int, int]) -> Tensor:
         """
@@ -154,50 +133,49 @@ class FullAttention2d(nn.Module):
         Raises:
             ValueError: The grid does not match the number of tokens.
         """
-        B, L, C = x.shape
+        q, k, v = self._project(x, feat_size)
+        bias = self._bias(q, feat_size)
+        if torch.jit.is_scripting():
+            out = self.attn_drop(attention_weights(q, k, bias, self.scale)) @ v
+        elif self.fused_attn and cpu.is_unmodified(self.attn_drop, nn.Dropout) and not is_followed(x):
+            dropout_p = self.attn_drop.p if self.attn_drop.training else 0.
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=self.scale)
+        else:
+            out = self.attn_drop(attention_weights(q, k, bias, self.scale)) @ v
+        x = out.transpose(1, 2).flatten(2)  # from (B, h, L, d)
+        x = self.proj(x) if torch.jit.is_scripting() else cpu.linear(self.proj, x)
+        return self.proj_drop(x)
+
+    @torch.jit.ignore
+    def attention_maps(self, x: Tensor, feat_size: Tuple[int, int]) -> Tensor:
+        """(B, h, L, L), the attention weights of a call of this layer with the same arguments, before dropout."""
+        q, k, _ = self._project(x, feat_size)
+        return attention_weights(q, k, self._bias(q, feat_size), self.scale)
+
+    def _project(self, x: Tensor, feat_size: Tuple[int, int]) -> Tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, (B, h, L, d) each."""
+        B, L, _ = x.shape
         check_token_count(L, self.num_global_tokens, feat_size)
-        qkv = self.qkv(x, feat_size)  # (B, L, 3, C)
-        qkv = qkv.reshape(B, L, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)  # (B, h, L, d)
-        if not torch.jit.is_scripting() and is_eager_inference(x):
-            bias = self._position_bias_in_evaluation(feat_size, q.dtype)
+        if self.qkv is not None:
+            qkv = self.qkv(x) if torch.jit.is_scripting() else cpu.linear(self.qkv, x)
         else:
+            assert self.query is not None and self.key is not None and self.value is not None
+            grid = to_grid(x, feat_size)
+            qkv = torch.cat([self.query(grid), self.key(grid), self.value(grid)], dim=-1)
+        h, d = self.num_heads, qkv.shape[-1] // (3 * self.num_heads)
+        q, k, v = qkv.reshape(B, L, 3, h, d).permute(2, 0, 3, 1, 4).unbind(0)
+        return q, k, v
+
+    def _bias(self, q: Tensor, feat_size: Tuple[int, int]) -> Optional[Tensor]:
+        """(1, h, L, L) in the dtype of q."""
+        if torch.jit.is_scripting():
             bias = self.position_bias(feat_size)
-        if bias is not None:
-            bias = bias.to(q.dtype).unsqueeze(0)  # (1, h, L, L)
-
-        if self.fused_attn:
-            x = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=bias, dropout_p=self.attn_drop.p if self.training else 0.)
         else:
-            x = self.attn_drop(attention_weights(q, k, bias, self.scale)) @ v
-
-        x = x.transpose(1, 2).reshape(B, L, C)
-        return self.proj_drop(self.proj(x))
+            bias = cpu.position_bias(self, q, feat_size, self.position_bias)
+        return None if bias is None else bias.to(q.dtype).unsqueeze(0)
 
     def extra_repr(self) -> str:
         return (
             f'dim={self.dim}, num_heads={self.num_heads}, feat_size={self.feat_size}, '
             f'num_global_tokens={self.num_global_tokens}'
         )
-
-
-def _is_comparable(table: Tensor) -> bool:
-    """On the CPU values are compared, elsewhere versions, since to compare values would wait for the device."""
-    return table.device.type == 'cpu' or (table.device.type != 'meta' and not table.is_inference())
-
-
-def _fingerprint(table: Tensor) -> Any:
-    data = table.detach()
-    return data.clone() if table.device.type == 'cpu' else (data.data_ptr(), table._version, table.dtype)
-
-
-def _are(tables: List[Tensor], fingerprints: List[Any]) -> bool:
-    """Are the tables what the fingerprints were taken of?"""
-    for table, known in zip(tables, fingerprints):
-        if isinstance(known, Tensor) and table.device.type == 'cpu':
-            if table.dtype != known.dtype or table.shape != known.shape or not torch.equal(table, known):
-                return False
-        elif isinstance(known, Tensor) or known != _fingerprint(table):
-            return False
-    return len(tables) == len(fingerprints)

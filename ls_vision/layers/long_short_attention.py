@@ -3,36 +3,40 @@
 Shapes: B batch, H x W grid, N = H * W local tokens, g global tokens, L = g + N, C channels, h heads, d = C / h,
 r rank, M = r + g additional keys, w window size, Q = w * w queries and K keys of a window.
 """
-from typing import Final, Optional, Tuple
+from typing import Any, Dict, Final, NamedTuple, Optional, Tuple
 
 import torch
 from timm.layers import trunc_normal_, use_fused_attn
 from timm.models import register_notrace_function
 from torch import Tensor, nn
 
-from ..ops import long_short_attention
-from ..ops.global_attention import attend_globally
-from ..ops.precision import to_autocast
-from ..ops.summaries import summarize
-from ..ops.tiles import gather_tiles, merge_windows
-from ..ops.weights import attention_weights
+from ..ops.attention import attend
+from ..ops.backends.composite import merge_windows, tile_logits
+from ..ops.long_range import attend_globally, global_weights, summarize
+from ..ops.numerics import to_autocast
+from ..ops.window import square_window
+from . import cpu
 from .checks import check_choice, check_heads, check_token_count
-from .dual_norm import DualLayerNorm
-from .linear import Linear
+from .norm import DualLayerNorm
 from .position_bias import WINDOW_BIASES, resize_window_bias, window_bias_index, window_bias_rows
-from .projection import ConvDynamicProjection, ConvQKV, LinearDynamicProjection, LinearQKV
+from .projection import ConvQKV, ConvScores, rename_old_keys, to_grid
 
-# reason for all eight: sizes or devices that are Proxies would decide control flow or go into arange
-register_notrace_function(long_short_attention)
-register_notrace_function(gather_tiles)
-register_notrace_function(merge_windows)
-register_notrace_function(summarize)
-register_notrace_function(attend_globally)
-register_notrace_function(attention_weights)
-register_notrace_function(check_token_count)
-register_notrace_function(to_autocast)
+# reason for all: sizes or devices that are Proxies would decide control flow or go into arange
+for function in (attend, merge_windows, tile_logits, attend_globally, summarize, check_token_count, to_autocast):
+    register_notrace_function(function)
 
 GLOBAL_ATTENTIONS = ('post', 'pre')
+
+
+class AttentionMaps(NamedTuple):
+    """The attention weights of one call."""
+    local: Tensor
+    """(B, T, h, Q, M + K) of the queries of each window, or (B, 1, h, N, M) without windows: summaries, global tokens,
+    then the window's keys."""
+    projection: Optional[Tensor]
+    """(B, h, r, N), the weights of each token in the summaries."""
+    global_tokens: Optional[Tensor]
+    """(B, h, g, L), the weights of the global tokens' queries."""
 
 
 class LongShortAttention2d(nn.Module):
@@ -109,22 +113,32 @@ class LongShortAttention2d(nn.Module):
         self.scale = (dim // num_heads) ** -0.5 if scale is None else scale
         self.fused_attn = use_fused_attn()
 
-        self.qkv = (ConvQKV if conv_projection else LinearQKV)(dim, bias=qkv_bias, **dd)
-        self.dual_ln_full = DualLayerNorm(dim, **dd) if dual_ln else nn.Identity()
-        # what is not used does not exist
+        # submodules that are not used are not created, so that state dicts hold nothing else
+        self.qkv: Optional[nn.Module] = None
+        self.query: Optional[nn.Module] = None
+        self.key: Optional[nn.Module] = None
+        self.value: Optional[nn.Module] = None
+        self.scores: Optional[nn.Module] = None
         self.to_dynamic_projection: Optional[nn.Module] = None
         self.dual_ln_dp: Optional[nn.Module] = None
         self.local_relative_position_bias_table: Optional[nn.Parameter] = None
+        if conv_projection:
+            self.query, self.key, self.value = (ConvQKV(dim, bias=qkv_bias, **dd) for _ in range(3))
+        else:
+            self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
+        self.dual_ln_full = DualLayerNorm(dim, **dd) if dual_ln else nn.Identity()
         if rank > 0:
-            projection = ConvDynamicProjection if conv_projection else LinearDynamicProjection
-            self.to_dynamic_projection = projection(dim, num_heads, rank, **dd)
+            if conv_projection:
+                self.scores = ConvScores(dim, num_heads * rank, **dd)
+            else:
+                self.to_dynamic_projection = nn.Linear(dim, num_heads * rank, **dd)
             self.dual_ln_dp = DualLayerNorm(dim, **dd) if dual_ln else nn.Identity()
         if rel_pos_bias is not None:
             rows = window_bias_rows(window_size, rel_pos_bias)
             self.local_relative_position_bias_table = nn.Parameter(torch.empty(rows, num_heads, **dd))
         self._init_buffers()
         self.attn_drop = nn.Dropout(attn_drop)
-        self.proj = Linear(dim, dim, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
         self.reset_parameters()
 
@@ -172,6 +186,10 @@ class LongShortAttention2d(nn.Module):
         bias = bias.view(-1, index.shape[0], index.shape[1])
         return bias if self.window_size > 1 else bias.expand(-1, -1, 9)
 
+    def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args: Any) -> None:
+        rename_old_keys(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def forward(self, x: Tensor, feat_size: Tuple[int, int]) -> Tensor:
         """
         Args:
@@ -184,102 +202,100 @@ class LongShortAttention2d(nn.Module):
         Raises:
             ValueError: The grid does not match the number of tokens.
         """
-        B, L, C = x.shape
+        query, q_global, pair, own, scores = self._project(x, feat_size)
+        additional = self._additional(pair, own, scores)
+        if torch.jit.is_scripting():
+            out = self._attend_explicitly(query, pair, additional)
+        elif self.fused_attn and cpu.is_inactive_dropout(self.attn_drop):
+            window = square_window(self.window_size)
+            out, _ = attend(query, pair, window, additional, self.position_bias(), self.scale)
+        else:
+            out = self._attend_explicitly(query, pair, additional)
+        x = out.flatten(3).flatten(1, 2)  # (B, N, C)
+        if self.num_global_tokens > 0:
+            out_global, _ = attend_globally(q_global, own, self._global_keys(out, pair), self.scale)  # (B, g, h, d)
+            x = torch.cat([out_global.flatten(2), x], dim=1)
+        x = self.proj(x) if torch.jit.is_scripting() else cpu.linear(self.proj, x)
+        return self.proj_drop(x)
+
+    @torch.jit.ignore
+    def attention_maps(self, x: Tensor, feat_size: Tuple[int, int]) -> AttentionMaps:
+        """The attention weights of a call of this layer with the same arguments, before dropout."""
+        query, q_global, pair, own, scores = self._project(x, feat_size)
+        window = square_window(self.window_size)
+        logits, values = tile_logits(
+            query, pair, window, self._additional(pair, own, scores), self.position_bias(), self.scale)
+        local = logits.softmax(dim=-1).to(values.dtype)
+        weights_global = None
+        if self.num_global_tokens > 0:
+            out = merge_windows(local @ values, feat_size, window)
+            weights_global = global_weights(q_global, own, self._global_keys(out, pair), self.scale)
+        return AttentionMaps(local, None if scores is None else scores.softmax(dim=-1), weights_global)
+
+    def _project(
+            self,
+            x: Tensor,
+            feat_size: Tuple[int, int],
+    ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Optional[Tensor]]:
+        """From the tokens to everything that attends and is attended to.
+
+        Returns:
+            query: (B, H, W, h, d) of the local tokens.
+            q_global: (B, g, h, d).
+            pair: (B, H, W, 2, h, d), keys and values of the local tokens.
+            own: (B, g, 2, h, d), those of the global tokens.
+            scores: (B, h, r, N) of the dynamic projection; None with rank 0.
+        """
+        B, L, _ = x.shape
         H, W = feat_size
         g, h = self.num_global_tokens, self.num_heads
         check_token_count(L, g, feat_size)
         x = to_autocast(x)  # once: each linear map would keep a copy of its own
-
-        q, kv = self.qkv.apart(x, feat_size)  # (B, L, C), (B, L, 2, C)
-        kv = self.dual_ln_full(kv)
-        q_global, q_local = q.split([g, H * W], dim=1)
-        kv_global, kv_local = kv.split([g, H * W], dim=1)
-        additional_keys, additional_values = self._additional_keys(x, kv_global, kv_local, feat_size)  # (B, M, h, d)
-
-        query = q_local.reshape(B, H, W, h, C // h)
-        key, value = kv_local.reshape(B, H, W, 2, h, C // h).unbind(3)
-        if self.fused_attn:
-            out = long_short_attention(
-                query, key, value, self.window_size, additional_keys, additional_values, self.position_bias(),
-                scale=self.scale, dropout_p=self.attn_drop.p if self.training else 0.,
-            )
+        scores: Optional[Tensor] = None  # (B, N, h * r)
+        if self.qkv is not None:
+            qkv = self.qkv(x) if torch.jit.is_scripting() else cpu.linear(self.qkv, x)
+            D = qkv.shape[-1] // 3
+            q, kv = qkv.split([D, 2 * D], dim=-1)
+            kv = kv.unflatten(-1, (2, D))  # (B, L, 2, D)
+            if self.to_dynamic_projection is not None:
+                # of global tokens too: to leave them out would copy the others
+                if torch.jit.is_scripting():
+                    scores = self.to_dynamic_projection(x)[:, g:]
+                else:
+                    scores = cpu.linear(self.to_dynamic_projection, x)[:, g:]
         else:
-            out = self._unfused(query, key, value, additional_keys, additional_values, feat_size)
-        x = out.reshape(B, H * W, C)
+            assert self.query is not None and self.key is not None and self.value is not None
+            grid = to_grid(x, feat_size)
+            q, kv = self.query(grid), torch.stack([self.key(grid), self.value(grid)], dim=2)
+            if self.scores is not None:
+                scores = self.scores(grid)
+        kv = self.dual_ln_full(kv)
+        d = q.shape[-1] // h
+        q, kv = q.reshape(B, L, h, d), kv.reshape(B, L, 2, h, d)
+        if scores is not None:
+            scores = scores.transpose(1, 2).reshape(B, h, -1, H * W)
+        return (
+            q[:, g:].reshape(B, H, W, h, d), q[:, :g], kv[:, g:].reshape(B, H, W, 2, h, d), kv[:, :g], scores)
 
-        if g > 0:
-            own_keys, own_values = kv_global.reshape(B, g, 2, h, C // h).unbind(2)  # (B, g, h, d) each
-            if self.global_attention == 'post':
-                key = value = x.reshape(B, H * W, h, C // h)  # the local outputs, both keys and values
-            else:
-                key, value = kv_local.reshape(B, H * W, 2, h, C // h).unbind(2)
-            q = q_global.reshape(B, g, h, C // h)
-            x = torch.cat([self._attend_globally(q, own_keys, own_values, key, value).reshape(B, g, C), x], dim=1)
-        return self.proj_drop(self.proj(x))
+    def _additional(self, pair: Tensor, own: Tensor, scores: Optional[Tensor]) -> Optional[Tensor]:
+        """(B, M, 2, h, d), keys and values that every local token sees: r summaries, then g global tokens."""
+        if scores is None or self.dual_ln_dp is None:
+            return own if self.num_global_tokens > 0 else None
+        B, _, _, _, h, d = pair.shape
+        sums, _ = summarize(scores, pair.flatten(1, 2))  # (B, h, r, 2 * d)
+        long = sums.unflatten(-1, (2, d)).permute(0, 2, 3, 1, 4).reshape(B, -1, 2, h * d)
+        return torch.cat([self.dual_ln_dp(long).reshape(B, -1, 2, h, d), own], dim=1)
 
-    def _additional_keys(
-            self,
-            x: Tensor,
-            kv_global: Tensor,
-            kv_local: Tensor,
-            feat_size: Tuple[int, int],
-    ) -> Tuple[Optional[Tensor], Optional[Tensor]]:
-        """Keys and values that every local token sees, (B, M, h, d) each: r summaries, then g global tokens.
+    def _attend_explicitly(self, query: Tensor, pair: Tensor, additional: Optional[Tensor]) -> Tensor:
+        """The attention of local tokens with its weights passed through `attn_drop`; (B, H, W, h, d)."""
+        window = square_window(self.window_size)
+        logits, values = tile_logits(query, pair, window, additional, self.position_bias(), self.scale)
+        weights = self.attn_drop(logits.softmax(dim=-1).to(values.dtype))
+        return merge_windows(weights @ values, (query.shape[1], query.shape[2]), window)
 
-        Args:
-            x: (B, L, C).
-            kv_global: (B, g, 2, C).
-            kv_local: (B, N, 2, C).
-            feat_size: (H, W).
-        """
-        B, N, _, C = kv_local.shape
-        h, r = self.num_heads, self.rank
-        additional = kv_global
-        if self.to_dynamic_projection is not None and self.dual_ln_dp is not None:
-            weights = self.to_dynamic_projection(x, feat_size)  # (B, h, r, N)
-            tokens = kv_local.reshape(B, N, 2, h, C // h)
-            if self.fused_attn and not torch.jit.is_scripting():
-                long = summarize(weights, tokens)  # (B, 2, h, r, d)
-            else:
-                long = weights.unsqueeze(1) @ tokens.permute(0, 2, 3, 1, 4)
-            long = long.permute(0, 3, 1, 2, 4).reshape(B, r, 2, C)
-            additional = torch.cat([self.dual_ln_dp(long), kv_global], dim=1)
-        elif self.num_global_tokens == 0:
-            return None, None
-        k, v = additional.reshape(B, -1, 2, h, C // h).unbind(2)
-        return k, v
-
-    def _unfused(
-            self,
-            query: Tensor,
-            key: Tensor,
-            value: Tensor,
-            additional_keys: Optional[Tensor],
-            additional_values: Optional[Tensor],
-            feat_size: Tuple[int, int],
-    ) -> Tensor:
-        """The windowed attention with its weights in the open, for inspection; (B, H, W, h, d)."""
-        q, k, v, mask = gather_tiles(
-            query, key, value, self.window_size, additional_keys, additional_values, self.position_bias())
-        out = self.attn_drop(attention_weights(q, k, mask, self.scale)) @ v
-        if self.window_size == 0:
-            return out.transpose(1, 2).reshape(query.shape)
-        return merge_windows(out, feat_size, self.window_size)
-
-    def _attend_globally(
-            self,
-            query: Tensor,
-            own_keys: Tensor,
-            own_values: Tensor,
-            keys: Tensor,
-            values: Tensor,
-    ) -> Tensor:
-        """The global tokens' attention to their own (B, g, h, d) and to the local (B, N, h, d); (B, g, h, d)."""
-        if self.fused_attn and not torch.jit.is_scripting():
-            return attend_globally(query, own_keys, own_values, keys, values, self.scale)
-        k = torch.cat([own_keys, keys], dim=1).transpose(1, 2)  # (B, h, L, d)
-        v = torch.cat([own_values, values], dim=1).transpose(1, 2)
-        return (attention_weights(query.transpose(1, 2), k, None, self.scale) @ v).transpose(1, 2)
+    def _global_keys(self, out: Tensor, pair: Tensor) -> Tensor:
+        """(B, N, n, h, d), what global tokens attend to: the local outputs, both keys and values, or keys and values."""
+        return out.flatten(1, 2).unsqueeze(2) if self.global_attention == 'post' else pair.flatten(1, 2)
 
     def extra_repr(self) -> str:
         return (

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.geometry import key_margin, window_offsets
+from ..ops.window import square_window, window_offsets
 
 WINDOW_BIASES = ('released', 'unique')
 
@@ -20,7 +20,7 @@ WINDOW_BIASES = ('released', 'unique')
 def window_bias_rows(window_size: int, kind: str) -> int:
     """Number of rows of a window's bias table."""
     if kind == 'unique':
-        return (2 * (window_size + key_margin(window_size)) - 1) ** 2
+        return (2 * (window_size + square_window(window_size).row_margin) - 1) ** 2
     half = window_size // 2
     return 2 * (window_size + half - 1) * (2 * half + window_size + 1) + 1
 
@@ -32,13 +32,13 @@ def window_bias_index(window_size: int, kind: str, device: torch.device) -> Tens
         window_size: w >= 1.
         kind: 'released' numbers offsets as the released weights need it, with a row stride of 2 * (w // 2) + w, less
             than the number of column offsets, so that distinct offsets share rows; 'unique' gives each its own.
-        device: Where to put the result.
+        device: Device of the result.
 
     Returns:
         (Q, K) int64; (1, 1) for released windows of 1.
     """
-    rows, cols = window_offsets(window_size, device)
-    shift = window_size + key_margin(window_size) - 1
+    rows, cols = window_offsets(square_window(window_size), device)
+    shift = window_size + square_window(window_size).row_margin - 1
     if kind == 'unique':
         return (rows + shift) * (2 * shift + 1) + cols + shift
     if window_size == 1:
@@ -63,7 +63,7 @@ def resize_window_bias(table: Tensor, window_size: int, kind: str) -> Tensor:
     if table.shape[0] == window_bias_rows(window_size, kind):
         return table
     source, source_kind = _identify_window_bias(table.shape[0], kind)
-    size = 2 * (window_size + key_margin(window_size)) - 1
+    size = 2 * (window_size + square_window(window_size).row_margin) - 1
     offsets = _offset_rows(source, source_kind, table.device)  # (S, S) of the source
     dense = table.float().t()[:, offsets]  # (h, S, S)
     dense = _resize_map(dense, (size, size)).flatten(1)  # (h, size * size)
@@ -86,9 +86,9 @@ def _identify_window_bias(num_rows: int, kind: str) -> Tuple[int, str]:
 
 def _offset_rows(window_size: int, kind: str, device: torch.device) -> Tensor:
     """(S, S) row of the table for every row and column offset, both from -(w + p - 1) up."""
-    rows, cols = window_offsets(window_size, device)
+    rows, cols = window_offsets(square_window(window_size), device)
     index = window_bias_index(window_size, kind, device)
-    shift = window_size + key_margin(window_size) - 1
+    shift = window_size + square_window(window_size).row_margin - 1
     size = 2 * shift + 1
     out = torch.zeros(size * size, dtype=index.dtype, device=device)
     out[((rows + shift) * size + cols + shift).flatten()] = index.expand_as(rows).flatten()

@@ -11,6 +11,7 @@ import torch
 from timm.layers import (
     ClassifierHead,
     DropPath,
+    Mlp,
     calculate_drop_path_rates,
     get_act_layer,
     get_device_dtype,
@@ -22,8 +23,7 @@ from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
-from ..layers import FullAttention2d, LongShortAttention2d
-from ..layers.mlp import ChunkedMlp
+from ..layers import FullAttention2d, LongShortAttention2d, cpu
 from ..layers.patch_embed import PatchEmbed, check_image_size
 from ._checkpoint import describe_mismatch
 
@@ -51,14 +51,15 @@ class Block(nn.Module):
         self.attn = attn
         self.drop_path1 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
         self.norm2 = norm_layer(dim, **dd)
-        self.mlp = ChunkedMlp(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=proj_drop, **dd)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=proj_drop, **dd)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
 
     def forward(self, x: Tensor, feat_size: Tuple[int, int]) -> Tensor:
         """(B, L, C) -> (B, L, C)."""
         x = x + self.drop_path1(self.attn(self.norm1(x), feat_size))
-        x = x + self.drop_path2(self.mlp(self.norm2(x)))
-        return x
+        y = self.norm2(x)
+        y = self.mlp(y) if torch.jit.is_scripting() else cpu.mlp(self.mlp, y)
+        return x + self.drop_path2(y)
 
 
 class Stage(nn.Module):

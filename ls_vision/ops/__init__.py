@@ -1,5 +1,5 @@
-"""Long-short attention as a function of tensors, and the dense reference it is measured against."""
-from .functional import long_short_attention
-from .reference import reference_attention
+"""Long-short attention as a function of tensors."""
+from .attention import long_short_attention
+from .window import Window
 
-__all__ = ['long_short_attention', 'reference_attention']
+__all__ = ['Window', 'long_short_attention']

@@ -1,4 +1,4 @@
-"""Full attention: its position bias, which evaluation makes once and no more, is always that of the present weights."""
+"""Full attention: its position bias, which inference makes once, is always that of the present weights."""
 import copy
 import io
 from unittest import mock
@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from ls_vision.layers import FullAttention2d, full_attention
+from ls_vision.layers import FullAttention2d, cpu, full_attention
 
 
 @pytest.fixture
@@ -69,13 +69,13 @@ def test_kept_bias_is_bounded_and_in_no_copy(layer, monkeypatch):
     x = torch.randn(1, 21, 32)
     with torch.no_grad():
         layer(x, (5, 4))
-    assert layer in full_attention._kept and copy.deepcopy(layer) not in full_attention._kept
+    assert layer in cpu._kept and copy.deepcopy(layer) not in cpu._kept
     file = io.BytesIO()
     torch.save(layer, file)
     weights = sum(p.nbytes for p in layer.parameters())
-    monkeypatch.setattr(full_attention, 'KEPT_BIAS_BYTES', 100)
-    full_attention._kept.clear()
+    monkeypatch.setattr(cpu, 'KEPT_BIAS_BYTES', 100)
+    cpu._kept.clear()
     with torch.no_grad():
         layer(x, (5, 4))
-    assert layer not in full_attention._kept
+    assert layer not in cpu._kept
     assert file.tell() < weights + 30_000

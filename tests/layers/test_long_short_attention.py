@@ -5,7 +5,7 @@ from golden_values import ATTENTION_FILES, read_golden
 
 from ls_vision.compat import AttentionLS
 from ls_vision.layers import LongShortAttention2d
-from ls_vision.ops import reference_attention
+from ls_vision.ops import long_short_attention
 
 
 def relative(actual, expected):
@@ -41,7 +41,11 @@ def plain(module, x, feat_size):
     """The layer written out over all pairs of tokens, from its parameters."""
     (H, W), g, h, C = feat_size, module.num_global_tokens, module.num_heads, module.dim
     B, N = x.shape[0], feat_size[0] * feat_size[1]
-    q, k, v = module.qkv(x, feat_size).unbind(2)
+    grid = x.reshape(B, H, W, C).permute(0, 3, 1, 2) if module.qkv is None else None
+    if grid is None:
+        q, k, v = module.qkv(x).chunk(3, dim=-1)
+    else:
+        q, k, v = module.query(grid), module.key(grid), module.value(grid)
     k, v = module.dual_ln_full(k), module.dual_ln_full(v)
 
     def split(t):
@@ -49,14 +53,16 @@ def plain(module, x, feat_size):
 
     extra_k, extra_v = split(k[:, :g]), split(v[:, :g])
     if module.rank:
-        p = module.to_dynamic_projection(x[:, g:], feat_size)
+        scores = module.to_dynamic_projection(x[:, g:]) if grid is None else module.scores(grid)
+        p = scores.reshape(B, N, h, module.rank).permute(0, 2, 3, 1).softmax(-1)
         long_k = torch.einsum('bhrn,bnhd->brhd', p, split(k[:, g:])).flatten(2)
         long_v = torch.einsum('bhrn,bnhd->brhd', p, split(v[:, g:])).flatten(2)
         extra_k = torch.cat([split(module.dual_ln_dp(long_k)), extra_k], 1)
         extra_v = torch.cat([split(module.dual_ln_dp(long_v)), extra_v], 1)
-    grid = [t[:, g:].reshape(B, H, W, h, C // h) for t in (q, k, v)]
-    out = reference_attention(
-        *grid, module.window_size, extra_k, extra_v, module.position_bias(), module.scale).reshape(B, N, C)
+    grids = [t[:, g:].reshape(B, H, W, h, C // h) for t in (q, k, v)]
+    out = long_short_attention(
+        *grids, module.window_size, extra_k, extra_v, module.position_bias(), module.scale,
+        backend='reference').reshape(B, N, C)
     if g:
         keys = torch.cat([k[:, :g], out], 1) if module.global_attention == 'post' else k
         values = torch.cat([v[:, :g], out], 1) if module.global_attention == 'post' else v

@@ -1,12 +1,17 @@
-"""The attention function against the dense reference, forward and gradients, over drawn shapes and all precisions."""
+"""Every backend against the dense reference: forward, log-sum-exp and gradients, over drawn shapes and precisions."""
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ls_vision.ops import long_short_attention, reference_attention
+from ls_vision.ops import Window, long_short_attention
+from ls_vision.ops.backends import BACKENDS
+from ls_vision.ops.window import make_window, num_keys, num_queries
 
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}  # of the largest value
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}  # of the largest
+HERE = [
+    name for name, backend in BACKENDS.items()
+    if backend.why_not(torch.empty(1, 4, 4, 1, 16), make_window(2), True, True) is None]
 
 
 def draw_inputs(B, H, W, h, d, w, M, bias, dtype=torch.float32, seed=0):
@@ -14,60 +19,110 @@ def draw_inputs(B, H, W, h, d, w, M, bias, dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape):
-        return torch.randn(*shape, generator=generator).to(dtype)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
     qkv = randn(B, 2 + H * W, 3, h, d)
     q, k, v = (qkv[:, 2:, i].reshape(B, H, W, h, d) for i in range(3))
     extra = (randn(B, M, h, d), randn(B, M, h, d)) if M else (None, None)
-    side = w + 2 * max(w // 2, 1)
+    window = make_window(w)
     return [t if t is None else t.detach().requires_grad_() for t in (
-        q, k, v, *extra, randn(h, w * w, side * side) if bias else None)]
+        q, k, v, *extra, randn(h, num_queries(window), num_keys(window)) if bias else None)]
 
 
 def compare(inputs, w, tolerance, **kwargs):
+    """Output, log-sum-exp and gradients through both, as fractions of the largest value of the reference."""
     q, k, v, extra_k, extra_v, bias = inputs
-    scale = q.shape[-1] ** -0.5
-    actual = long_short_attention(q, k, v, w, extra_k, extra_v, bias, **kwargs)
+    actual, lse = long_short_attention(q, k, v, w, extra_k, extra_v, bias, return_lse=True, **kwargs)
     assert actual.dtype == q.dtype and actual.shape == q.shape
-    leaves = [t for t in inputs if t is not None]
-    grad = torch.randn_like(actual)
-    actual_grads = torch.autograd.grad(actual, leaves, grad)
-    exact = [t if t is None else t.detach().float().requires_grad_() for t in inputs]
-    expected = reference_attention(*exact[:3], w, *exact[3:], scale)
-    expected_grads = torch.autograd.grad(expected, [t for t in exact if t is not None], grad.float())
-    for a, e in zip((actual, *actual_grads), (expected, *expected_grads), strict=True):
-        assert (a.float() - e).abs().max() <= tolerance * e.abs().max().clamp(min=1)
+    grad, grad_lse = torch.randn_like(actual), torch.randn_like(lse)
+    statistics = torch.float64 if q.dtype == torch.float64 else torch.float32
+    exact = [t if t is None else t.detach().to(statistics).requires_grad_() for t in inputs]
+    expected, expected_lse = long_short_attention(
+        *exact[:3], w, *exact[3:], backend='reference', return_lse=True)
+    assert lse.shape == expected_lse.shape and lse.dtype == statistics
+    for grads in ((grad, None), (grad, grad_lse)):
+        pairs = list(zip(
+            gradients((actual, lse), inputs, grads), gradients((expected, expected_lse), exact, grads), strict=True))
+        for a, e in ((actual, expected), (lse, expected_lse), *pairs):
+            assert (a.to(statistics) - e).abs().max() <= tolerance * e.abs().max().clamp(min=1)
+
+
+def gradients(outputs, inputs, grads):
+    used = [(out, g.to(out.dtype)) for out, g in zip(outputs, grads, strict=True) if g is not None]
+    return torch.autograd.grad(
+        [out for out, _ in used], [t for t in inputs if t is not None], [g for _, g in used], retain_graph=True)
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    B=st.integers(1, 3), H=st.integers(1, 17), W=st.integers(1, 17), h=st.integers(1, 3),
-    d=st.sampled_from([4, 8, 16]), w=st.sampled_from([1, 2, 3, 4, 5, 7, 8]), M=st.integers(0, 5), bias=st.booleans(),
-    seed=st.integers(0, 99))
-def test_matches_reference(B, H, W, h, d, w, M, bias, seed):
-    compare(draw_inputs(B, H, W, h, d, w, M, bias, seed=seed), w, TOLERANCE[torch.float32])
+    backend=st.sampled_from(HERE), B=st.integers(1, 3), H=st.integers(1, 17), W=st.integers(1, 17),
+    h=st.integers(1, 3), d=st.sampled_from([4, 8, 16]), w=st.sampled_from([1, 2, 3, 4, 5, 7, 8]), M=st.integers(0, 5),
+    bias=st.booleans(), seed=st.integers(0, 99))
+def test_matches_reference(backend, B, H, W, h, d, w, M, bias, seed):
+    compare(draw_inputs(B, H, W, h, d, w, M, bias, seed=seed), w, TOLERANCE[torch.float32], backend=backend)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    backend=st.sampled_from(HERE), H=st.integers(1, 13), W=st.integers(1, 13), rows=st.integers(1, 6),
+    cols=st.integers(1, 6), row_margin=st.integers(0, 5), col_margin=st.integers(0, 5), M=st.integers(0, 3),
+    bias=st.booleans())
+def test_rectangular_windows(backend, H, W, rows, cols, row_margin, col_margin, M, bias):
+    window = Window(rows, cols, row_margin, col_margin)
+    compare(draw_inputs(2, H, W, 2, 4, window, M, bias), window, TOLERANCE[torch.float32], backend=backend)
 
 
 @pytest.mark.parametrize('dtype', TOLERANCE, ids=str)
-@pytest.mark.parametrize('w,M,bias', [(7, 9, True), (8, 9, True), (2, 4, False), (4, 16, False), (3, 0, True)])
-def test_precisions(w, M, bias, dtype):
-    compare(draw_inputs(2, 15, 12, 3, 16, w, M, bias, dtype), w, TOLERANCE[dtype])
+@pytest.mark.parametrize('w,M,bias', [(7, 9, True), (8, 9, True), (2, 4, False), (4, 16, False), ((2, 6), 0, True)])
+@pytest.mark.parametrize('backend', HERE)
+def test_precisions(backend, w, M, bias, dtype):
+    compare(draw_inputs(2, 15, 12, 3, 16, w, M, bias, dtype), w, TOLERANCE[dtype], backend=backend)
+
+
+@pytest.mark.parametrize('w,M,bias', [(7, 9, True), (2, 4, False), ((2, 6), 0, True)])
+def test_flex_without_gradients(w, M, bias):
+    inputs = [None if t is None else t.detach() for t in draw_inputs(2, 15, 12, 2, 16, w, M, bias)]
+    with torch.no_grad():
+        actual = long_short_attention(*inputs[:3], w, *inputs[3:], backend='flex')
+        expected = long_short_attention(*inputs[:3], w, *inputs[3:], backend='reference')
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('backend', HERE)
+@pytest.mark.parametrize('shape', [(0, 4, 5), (2, 1, 1)])
+def test_empty_batch_and_single_token(backend, shape):
+    inputs = draw_inputs(*shape, 2, 8, 4, 3, True)
+    out = long_short_attention(*inputs[:3], 4, *inputs[3:], backend=backend)
+    assert out.shape == inputs[0].shape
+    grads = torch.autograd.grad(out.sum(), inputs)
+    assert all(g.shape == t.shape and g.isfinite().all() for g, t in zip(grads, inputs, strict=True))
 
 
 def test_without_window():
     q, k, v, extra_k, extra_v, _ = draw_inputs(2, 5, 6, 2, 8, 1, 4, False)
     out = long_short_attention(q, k, v, 0, extra_k, extra_v)
-    torch.testing.assert_close(out, reference_attention(q, k, v, 0, extra_k, extra_v, scale=8 ** -0.5))
+    expected = long_short_attention(q, k, v, 0, extra_k, extra_v, backend='reference')
+    torch.testing.assert_close(out, expected)
+
+
+def test_dropout_of_weights():
+    """With values of 1 an output is the sum of the weights left, 1 on average and scaled by 1 / (1 - p)."""
+    q, k, _, *_ = draw_inputs(2, 20, 20, 2, 8, 4, 0, False)
+    out = long_short_attention(q, k, torch.ones_like(q), 4, dropout_p=0.25)
+    assert abs(out.mean().item() - 1) < 0.01 and out.std() > 0.02
 
 
 @pytest.mark.parametrize('change,message', [
     (dict(key=torch.zeros(1, 4, 5, 2, 8)), 'must have that of the query'),
     (dict(query=torch.zeros(4, 4, 2, 8)), 'expected \\(batch, height, width, heads, head_dim\\)'),
     (dict(window_size=-1), 'window_size is -1'),
+    (dict(window_size=(4, 0)), r'window_size is \(4, 0\)'),
+    (dict(window_size=Window(2, 2, -1, 0)), 'margins of 0 or more'),
     (dict(window_size=0), 'nothing to attend to'),
     (dict(additional_keys=torch.zeros(1, 3, 2, 8)), 'given together'),
     (dict(additional_keys=torch.zeros(1, 3, 2, 4), additional_values=torch.zeros(1, 3, 2, 4)), 'head_dim 8'),
     (dict(bias=torch.zeros(2, 4, 4)), r'expected \(heads, queries, keys\) = \[2, 4, 16\]'),
+    (dict(dropout_p=0.1, return_lse=True), 'dropout_p is 0.1, expected 0 with return_lse'),
 ])
 def test_wrong_arguments(change, message):
     x = torch.zeros(1, 4, 4, 2, 8)

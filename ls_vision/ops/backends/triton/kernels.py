@@ -347,7 +347,7 @@ def key_gradient_kernel(
         TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, HAS_BIAS: tl.constexpr,
         PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
-    """A block of a tile's keys against all queries whose squares they are in -> dk, dv.
+    """A block of a tile's keys against all queries whose squares they are in -> dk, dv, in (B, H, W, 2, h, d).
 
     Rows of the bias table are keys here: those of a window's square, (h, K, Q), if there is one window per tile, else
     those of a tile, and its columns the queries around the tile.
@@ -423,8 +423,9 @@ def key_gradient_kernel(
                 logits = tl.where(in_square, logits, float('-inf'))
             dk, dv = _accumulate_key_gradient(logits, q, v, dout, lse, delta, scale, dk, dv, PRECISION)
 
-    token = _token_corner(batch, head, row0, col0, h, H, W) * HEAD_DIM
-    token_offset = (k_row * W + k_col) * (h * HEAD_DIM)
+    # gradients of keys and values lie side by side, as if they were of twice as many heads
+    token = _token_corner(batch, head, row0, col0, 2 * h, H, W) * HEAD_DIM
+    token_offset = (k_row * W + k_col) * (2 * h * HEAD_DIM)
     _store_rows(dk_ptr + token, token_offset, dk, k_valid, HEAD_DIM, D)
     _store_rows(dv_ptr + token, token_offset, dv, k_valid, HEAD_DIM, D)
 

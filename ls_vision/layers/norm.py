@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from ..ops.precision import autocast_dtype, without_autocast
+from ..ops.numerics import autocast_dtype, without_autocast
 
 
 @register_notrace_module  # reason: asks for the device of its input

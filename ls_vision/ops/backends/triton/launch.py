@@ -3,7 +3,7 @@
 Shapes: B batch, H x W grid, h heads, d head width, M additional keys, w window size, p key margin, Q = w * w queries
 and K = (w + 2p)^2 keys of a window.
 
-Triton is imported on first use: PyTorch has builds without it.
+Triton is imported on first use: there are builds of PyTorch without it.
 """
 import contextlib
 import functools
@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .geometry import key_margin
+from ...window import Window, square_window
+from ..blocked import blocked_backward
 
 # Set to 0 to take the first of each kernel's block shapes instead of timing them on the first call of a kind.
 AUTOTUNE_ENV = 'LS_VISION_TRITON_AUTOTUNE'
@@ -26,6 +27,8 @@ AUTOTUNE_ENV = 'LS_VISION_TRITON_AUTOTUNE'
 _TILE_SIDE = 8
 # Beyond it the kernels' way to divide token numbers is not exact.
 _LARGEST_WINDOW = 48
+# Block shapes are chosen for head widths up to this.
+_LARGEST_HEAD = 128
 # Rows of bias tables are padded to a multiple of this, which kernels rely on to read whole vectors.
 _TABLE_ROW = 16
 # Gradients that many programs add to are summed in two steps. The first takes about as many programs as fill a large
@@ -34,7 +37,7 @@ _REDUCTION_PROGRAMS = 1024
 _REDUCTION_STEPS = 4
 
 Arguments = Dict[str, Any]
-Gradients = Tuple[Tensor, Tensor, Tensor, Optional[Tensor], Optional[Tensor], Optional[Tensor]]
+Gradients = Tuple[Tensor, Tensor, Optional[Tensor], Optional[Tensor]]
 
 
 class Blocks(NamedTuple):
@@ -93,19 +96,52 @@ _FLOAT32_BLOCKS: Dict[str, Dict[int, List[Blocks]]] = {
 _INTERPRETER_BLOCKS = Blocks(128, 256, 4, 1)
 
 
-def fits(query: Tensor, window_size: int) -> bool:
-    """Are a (B, H, W, h, d) query and a window of sizes that the kernels take, keys and values side by side or not?"""
-    _, _, W, h, d = query.shape
-    rows = max(tile_side(window_size) + 2 * key_margin(window_size), 64)
-    return d <= 128 and window_size <= _LARGEST_WINDOW and rows * 3 * W * h * d < 2 ** 31
+def why_not(query: Tensor, window: Window, with_grad: bool, with_lse: bool) -> Optional[str]:
+    """The reason why the kernels can't compute this here, None where they can."""
+    return _no_platform(query.device, query.dtype) or _no_size(query, window)
 
 
-def is_available() -> bool:
-    """Is Triton there, and something to run its kernels on: a GPU since Ampere, or its interpreter?"""
+@torch.compiler.assume_constant_result  # compilation need not follow imports and questions to the driver
+def _no_platform(device: torch.device, dtype: torch.dtype) -> Optional[str]:
+    return _no_triton() or _no_device(device, dtype)
+
+
+@functools.cache
+def _no_triton() -> Optional[str]:
     if importlib.util.find_spec('triton') is None:
-        return False
-    has_gpu = torch.version.cuda is not None and torch.cuda.is_available()
-    return _interpreting() or (has_gpu and torch.cuda.get_device_capability() >= (8, 0))
+        return 'the package triton is not installed'
+    try:
+        importlib.import_module('triton')
+    except Exception as e:  # whatever a broken installation raises
+        return f'the package triton does not import ({type(e).__name__}: {e})'
+    return None
+
+
+def _no_device(device: torch.device, dtype: torch.dtype) -> Optional[str]:
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f'the kernels take tensors of 16 or 32 bits, the query has {dtype}'
+    if _interpreting():
+        return None
+    if torch.version.cuda is None or device.type != 'cuda':
+        return f'the kernels take CUDA tensors, the query is on {device.type}'
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f'the kernels need compute capability 8.0 or more, {device} has {capability[0]}.{capability[1]}'
+    return None
+
+
+def _no_size(query: Tensor, window: Window) -> Optional[str]:
+    _, _, W, h, d = query.shape
+    if window != square_window(window.rows):
+        return f'the kernels take square windows with a margin of half a window, not {tuple(window)}'
+    if window.rows > _LARGEST_WINDOW:
+        return f'the kernels take windows of up to {_LARGEST_WINDOW}, not {window.rows}'
+    if d > _LARGEST_HEAD:
+        return f'the kernels take head widths of up to {_LARGEST_HEAD}, not {d}'
+    rows = max(tile_side(window.rows) + 2 * window.row_margin, 64)
+    if rows * 3 * W * h * d >= 2 ** 31:
+        return f'{rows} rows of queries, keys and values must span less than 2^31 elements, not {rows * 3 * W * h * d}'
+    return None
 
 
 def tile_side(window_size: int) -> int:
@@ -132,7 +168,7 @@ def constants(head_dim: int, window_size: int, num_additional: int, has_bias: bo
         HEAD_DIM=head_dim,
         D=max(_power_of_two(head_dim), 16),  # the least that tensor cores take
         WINDOW=window_size,
-        MARGIN=key_margin(window_size),
+        MARGIN=square_window(window_size).row_margin,
         TILE_ROWS=side,
         TILE_COLS=side,
         M=num_additional,
@@ -144,101 +180,95 @@ def constants(head_dim: int, window_size: int, num_additional: int, has_bias: bo
     )
 
 
-def triton_forward(
+def forward(
         query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        window_size: int,
-        additional_keys: Optional[Tensor] = None,
-        additional_values: Optional[Tensor] = None,
-        bias: Optional[Tensor] = None,
-        scale: float = 1.0,
+        pair: Tensor,
+        window: Window,
+        additional: Optional[Tensor],
+        bias: Optional[Tensor],
+        scale: float,
+        with_lse: bool,
 ) -> Tuple[Tensor, Tensor]:
-    """Arguments as in `ls_vision.ops.long_short_attention`, with window_size > 0.
-
-    Returns:
-        out: (B, H, W, h, d) in the query's dtype, contiguous.
-        lse: (B, h, H, W) float32, the logarithm of each query's sum of exponentiated logits.
-    """
+    """`ls_vision.ops.attention.attend`, which describes arguments and results; the log-sum-exp is always there."""
     B, H, W, h, d = query.shape
+    window_size = window.rows
     out = torch.empty((B, H, W, h, d), dtype=query.dtype, device=query.device)
     lse = torch.empty((B, h, H, W), dtype=torch.float32, device=query.device)
-    arguments = _arguments(query, key, value, window_size, additional_keys, additional_values, bias, scale)
+    arguments = _arguments(query, pair, window_size, additional, bias, scale)
     arguments.update(out_ptr=out, lse_ptr=lse, **_query_table(bias, window_size, lse))
     tiles = B * h * arguments['tiles_y'] * arguments['tiles_x']
     _launch('forward', tiles, arguments, BLOCK_Q=tile_side(window_size) ** 2)
     return out, lse
 
 
-def triton_backward(
+def backward(
         grad_out: Tensor,
+        grad_lse: Optional[Tensor],
         query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        window_size: int,
-        additional_keys: Optional[Tensor],
-        additional_values: Optional[Tensor],
+        pair: Tensor,
+        window: Window,
+        additional: Optional[Tensor],
         bias: Optional[Tensor],
         scale: float,
         out: Tensor,
         lse: Tensor,
 ) -> Gradients:
-    """Gradients of `triton_forward`, from its arguments and results.
+    """Gradients of `forward`, from its arguments and results, contiguous and in the dtypes of the inputs.
 
-    No atomics: the same input gives the same bits, as long as block shapes stay the same.
+    No atomics: the same input gives the same bits, as long as block shapes stay the same. A gradient of the
+    log-sum-exp, which the kernels don't know, is left to the portable backend.
 
     Returns:
-        Gradients of query, key, value, additional_keys, additional_values and bias, None for those that are None;
-        contiguous, in the inputs' dtypes but for that of the bias, (h, Q, K) float32.
+        Gradients of query, pair, additional and bias, None for those that are None.
     """
-    B, H, W, h, d = query.shape
-    side, margin = tile_side(window_size), key_margin(window_size)
-    arguments = _arguments(query, key, value, window_size, additional_keys, additional_values, bias, scale)
+    if grad_lse is not None:
+        return blocked_backward(grad_out, grad_lse, query, pair, window, additional, bias, scale, out, lse)
+    B, H, W, h, _ = query.shape
+    window_size, margin = window.rows, window.row_margin
+    side = tile_side(window_size)
+    arguments = _arguments(query, pair, window_size, additional, bias, scale)
     delta = torch.empty_like(lse)
-    dq, dk, dv = (torch.empty((B, H, W, h, d), dtype=x.dtype, device=x.device) for x in (query, key, value))
+    grad_query, grad_pair = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, pair))
+    dk, dv = grad_pair.unbind(3)
     arguments.update(out_ptr=out.contiguous(), lse_ptr=lse.contiguous(), delta_ptr=delta)
     arguments.update(**_token_arguments('dout', _readable(grad_out, query.dtype)))
     query_table = _query_table(bias, window_size, lse)
     tiles = B * h * arguments['tiles_y'] * arguments['tiles_x']
 
     # also fills in delta, so it comes first
-    _launch('query_gradient', tiles, {**arguments, **query_table, 'dq_ptr': dq}, BLOCK_Q=side ** 2)
+    _launch('query_gradient', tiles, {**arguments, **query_table, 'dq_ptr': grad_query}, BLOCK_Q=side ** 2)
 
     # key tiles begin p tokens before the grid
     tiles_y, tiles_x = _ceil_div(H + margin, side), _ceil_div(W + margin, side)
     key_arguments = dict(dk_ptr=dk, dv_ptr=dv, tiles_y=tiles_y, tiles_x=tiles_x, **_key_table(bias, window_size, lse))
     _launch('key_gradient', B * h * tiles_y * tiles_x, {**arguments, **key_arguments}, BLOCK_K=side ** 2)
 
-    dak, dav = None, None
-    if additional_keys is not None and additional_values is not None:
-        dak, dav = _additional_gradient(arguments, query, additional_keys, additional_values)
-    dbias = None if bias is None else _bias_gradient({**arguments, **query_table}, query, window_size)
-    return dq, dk, dv, dak, dav, dbias
+    grad_additional = None if additional is None else _additional_gradient(arguments, query, additional)
+    grad_bias = None
+    if bias is not None:
+        grad_bias = _bias_gradient({**arguments, **query_table}, query, window_size).to(bias.dtype)
+    return grad_query, grad_pair, grad_additional, grad_bias
 
 
-def _additional_gradient(
-        arguments: Arguments,
-        query: Tensor,
-        additional_keys: Tensor,
-        additional_values: Tensor,
-) -> Tuple[Tensor, Tensor]:
+def _additional_gradient(arguments: Arguments, query: Tensor, additional: Tensor) -> Tensor:
+    """(B, M, 2, h, d)."""
     B, H, W, h, d = query.shape
-    M = additional_keys.shape[1]
+    M = additional.shape[1]
     if M == 0:
-        return torch.zeros_like(additional_keys), torch.zeros_like(additional_values)
+        return torch.zeros_like(additional)
     block = _blocks('additional_gradient', query)[0].queries
     m_blocks = _ceil_div(M, arguments['ROWS_M'])
     steps = max(_ceil_div(_ceil_div(H * W, block) * B * h * m_blocks, _REDUCTION_PROGRAMS), _REDUCTION_STEPS)
     splits = _ceil_div(H * W, steps * block)
-    dak, dav = torch.empty((2, splits, B, M, h, d), dtype=torch.float32, device=query.device)
-    own = dict(dak_ptr=dak, dav_ptr=dav, splits=splits, chunk=steps * block)
+    sums = torch.empty((2, splits, B, M, h, d), dtype=torch.float32, device=query.device)
+    own = dict(dak_ptr=sums[0], dav_ptr=sums[1], splits=splits, chunk=steps * block)
     _launch('additional_gradient', B * h * splits * m_blocks, {**arguments, **own})
-    return dak.sum(0).to(additional_keys.dtype), dav.sum(0).to(additional_values.dtype)
+    return sums.sum(1).permute(1, 2, 0, 3, 4).to(additional.dtype).contiguous()
 
 
 def _bias_gradient(arguments: Arguments, query: Tensor, window_size: int) -> Tensor:
     B, h = query.shape[0], query.shape[3]
-    side, margin = tile_side(window_size), key_margin(window_size)
+    side, margin = tile_side(window_size), square_window(window_size).row_margin
     blocks = _blocks('bias_gradient', query)[0]
     q_blocks, k_blocks = _ceil_div(side ** 2, blocks.queries), _ceil_div((side + 2 * margin) ** 2, blocks.keys)
     pairs = h * q_blocks * k_blocks
@@ -254,7 +284,7 @@ def _bias_gradient(arguments: Arguments, query: Tensor, window_size: int) -> Ten
 
 def _fold_windows(x: Tensor, window_size: int) -> Tensor:
     """Sums the pairs of a tile, (h, side^2, (side + 2p)^2), over its windows -> (h, Q, K)."""
-    w, side, margin = window_size, tile_side(window_size), key_margin(window_size)
+    w, side, margin = window_size, tile_side(window_size), square_window(window_size).row_margin
     span = w + 2 * margin
     x = x.unflatten(1, (side, side)).unflatten(3, (side + 2 * margin, side + 2 * margin))
     windows = [
@@ -267,35 +297,32 @@ def _fold_windows(x: Tensor, window_size: int) -> Tensor:
 
 def _arguments(
         query: Tensor,
-        key: Tensor,
-        value: Tensor,
+        pair: Tensor,
         window_size: int,
-        additional_keys: Optional[Tensor],
-        additional_values: Optional[Tensor],
+        additional: Optional[Tensor],
         bias: Optional[Tensor],
         scale: float,
 ) -> Arguments:
     """What the kernels have in common, by the names of their parameters."""
     B, H, W, h, d = query.shape
     side = tile_side(window_size)
-    M = 0 if additional_keys is None else additional_keys.shape[1]
+    M = 0 if additional is None else additional.shape[1]
     arguments: Arguments = dict(B=B, h=h, H=H, W=W, tiles_y=_ceil_div(H, side), tiles_x=_ceil_div(W, side), scale=scale)
-    for name, x in (('q', query), ('k', key), ('v', value)):
-        arguments.update(_token_arguments(name, _readable(x, query.dtype)))
-    for name, tokens in (('ak', additional_keys), ('av', additional_values)):
-        # without additional keys the pointer is not used, but there must be one
-        x = query if tokens is None else _readable(tokens, query.dtype)
+    key, value = _readable(pair, query.dtype).unbind(3)
+    for name, x in (('q', _readable(query, query.dtype)), ('k', key), ('v', value)):
+        arguments.update(_token_arguments(name, x))
+    # without additional keys the pointers are not used, but there must be some
+    ak, av = (query, query) if additional is None else _readable(additional, query.dtype).unbind(2)
+    for name, x in (('ak', ak), ('av', av)):
         b, m, *_, head, _ = x.stride()
         arguments.update({f'{name}_ptr': x, f'{name}_b': b, f'{name}_m': m, f'{name}_h': head})
     arguments.update(constants(d, window_size, M, bias is not None, query.dtype))
-    if window_size > _LARGEST_WINDOW:
-        raise ValueError(f'window_size is {window_size}, the Triton backend takes up to {_LARGEST_WINDOW}.')
     # offsets within a tile are 32 bit
-    rows = max(side + 2 * key_margin(window_size), 64)
-    if rows * max(arguments['q_y'], arguments['k_y'], arguments['v_y'], W * h * d) >= 2 ** 31:
+    rows = max(side + 2 * square_window(window_size).row_margin, 64)
+    if rows * max(arguments['q_y'], arguments['k_y'], arguments['v_y'], 2 * W * h * d) >= 2 ** 31:
         raise ValueError(
             f'{rows} rows of a grid must span less than 2^31 elements, got shape {list(query.shape)} and strides '
-            f'{query.stride()} of the query, {key.stride()} of the key and {value.stride()} of the value.')
+            f'{query.stride()} of the query and {pair.stride()} of keys and values.')
     return arguments
 
 
@@ -308,7 +335,7 @@ def _query_table(bias: Optional[Tensor], window_size: int, unused: Tensor) -> Ar
     """The bias for kernels whose rows are queries: those of a tile, columns are the keys in and around it."""
     if bias is None:
         return dict(bias_ptr=unused, bias_h=0, bias_q=0)
-    side, margin = tile_side(window_size), key_margin(window_size)
+    side, margin = tile_side(window_size), square_window(window_size).row_margin
     if side > window_size:
         bias = _tile_bias(bias, window_size, (0, side), (-margin, side + margin))
     table = _aligned(bias)
@@ -319,7 +346,7 @@ def _key_table(bias: Optional[Tensor], window_size: int, unused: Tensor) -> Argu
     """The bias for the kernel whose rows are keys; see there."""
     if bias is None:
         return dict(bias_ptr=unused, bias_h=0, bias_k=0)
-    side, margin = tile_side(window_size), key_margin(window_size)
+    side, margin = tile_side(window_size), square_window(window_size).row_margin
     if side > window_size:
         before = 2 if window_size == 1 else 1
         bias = _tile_bias(bias, window_size, (-before * window_size, side), (-margin, side - margin))
@@ -350,7 +377,7 @@ def _tile_pairs(
         device: torch.device,
 ) -> Tuple[Tensor, Tensor, Tensor]:
     """Of all pairs of `_tile_bias`: the query's number in its window, the key's in its square, is it in there."""
-    w, margin = window_size, key_margin(window_size)
+    w, margin = window_size, square_window(window_size).row_margin
     span = w + 2 * margin
     query, key = torch.arange(*queries, device=device), torch.arange(*keys, device=device)
     position = key - query.div(w, rounding_mode='floor')[:, None] * w + margin  # (n, m), along one axis
@@ -430,8 +457,8 @@ def _autotuned(name: str, blocks: Tuple[Blocks, ...]) -> Any:
 
 @functools.cache
 def kernel(name: str) -> Any:
-    """The kernel function of that name in `triton_kernels`."""
-    return getattr(importlib.import_module('.triton_kernels', __package__), f'{name}_kernel')
+    """The kernel function of that name in `kernels`."""
+    return getattr(importlib.import_module('.kernels', __package__), f'{name}_kernel')
 
 
 @functools.cache

@@ -1,0 +1,60 @@
+"""The backends of long-short attention and the choice among them.
+
+To add one: a file with its functions, and an entry in `BACKENDS`. Tests run over the registry.
+"""
+import os
+from typing import Callable, Dict, NamedTuple, Optional, Tuple
+
+from torch import Tensor
+
+from ..window import Window
+from . import blocked, composite, flex, reference, triton
+
+BACKEND_ENV = 'LS_VISION_BACKEND'
+
+Gradients = Tuple[Tensor, Tensor, Optional[Tensor], Optional[Tensor]]
+
+
+class Backend(NamedTuple):
+    """One way to compute long-short attention. `ls_vision.ops.attention.attend` describes arguments and results."""
+    name: str
+    why_not: Callable[[Tensor, Window, bool, bool], Optional[str]]
+    """(query, window, with_grad, with_lse) -> why it can't compute this here, None where it can. Never raises."""
+    forward: Callable[..., Tuple[Tensor, Tensor]]
+    """(query, pair, window, additional, bias, scale, with_lse) -> (out, lse)."""
+    backward: Optional[Callable[..., Gradients]] = None
+    """(grad_out, grad_lse, query, pair, window, additional, bias, scale, out, lse) -> gradients of query, pair,
+    additional and bias. None where autograd differentiates the forward function."""
+    keeps_lse: bool = False
+    """The backward pass needs the log-sum-exp, so forward returns it whether asked for or not."""
+
+
+def _always(query: Tensor, window: Window, with_grad: bool, with_lse: bool) -> Optional[str]:
+    return None
+
+
+BACKENDS: Dict[str, Backend] = {backend.name: backend for backend in (
+    Backend('reference', _always, reference.reference_attention),
+    Backend('composite', _always, composite.composite_attention),
+    Backend('blocked', _always, blocked.blocked_forward, blocked.blocked_backward),
+    Backend('flex', flex.why_not, flex.flex_forward),
+    Backend('triton', triton.why_not, triton.forward, triton.backward, keeps_lse=True),
+)}
+
+
+def resolve(name: Optional[str], query: Tensor, window: Window, with_grad: bool, with_lse: bool) -> Backend:
+    """The backend of that name; by default the one in the environment, else Triton's kernels on a GPU, else `blocked`.
+
+    Raises:
+        ValueError: The named backend does not exist, or can't run here; says why.
+    """
+    for source, asked in (('backend', name), (BACKEND_ENV, os.environ.get(BACKEND_ENV))):
+        if asked:
+            if asked not in BACKENDS:
+                raise ValueError(f'{source} is {asked!r}, expected one of {", ".join(BACKENDS)}.')
+            reason = BACKENDS[asked].why_not(query, window, with_grad, with_lse)
+            if reason is not None:
+                raise ValueError(f"{source} is {asked!r}, which can't run here: {reason}. Use 'blocked'.")
+            return BACKENDS[asked]
+    use_triton = query.is_cuda and triton.why_not(query, window, with_grad, with_lse) is None
+    return BACKENDS['triton' if use_triton else 'blocked']

@@ -1,0 +1,64 @@
+"""Precision: what autocast asks for, how to leave it, and a softmax whose statistics are float32.
+
+Shapes: Q queries, K keys, d head width; any leading dimensions.
+"""
+import contextlib
+from typing import ContextManager, Optional
+
+import torch
+from torch import Tensor
+
+
+def autocast_dtype(x: Tensor) -> Optional[torch.dtype]:
+    """The precision of matrix products where autocast is on for the tensor's device, else None."""
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def to_autocast(x: Tensor) -> Tensor:
+    """The tensor in the precision of matrix products where autocast is on; doubles stay as they are."""
+    if torch.jit.is_scripting():
+        return x
+    dtype = autocast_dtype(x)
+    return x if dtype is None or x.dtype == torch.float64 else x.to(dtype)
+
+
+def without_autocast(x: Tensor) -> ContextManager:
+    """A block in which operations on the tensor's device keep the precision of their inputs."""
+    if autocast_dtype(x) is None:
+        return contextlib.nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def attention_logits(q: Tensor, k: Tensor, mask: Optional[Tensor], scale: float) -> Tensor:
+    """scale * q k^T + mask in float32, or double for doubles.
+
+    In half precision, logits beyond 65,504 would be infinite and their softmax NaN.
+
+    Args:
+        q: (..., Q, d).
+        k: (..., K, d).
+        mask: Added to the logits, of a shape that broadcasts to theirs; None for none.
+        scale: Factor on the products.
+
+    Returns:
+        (..., Q, K).
+    """
+    if torch.jit.is_scripting():
+        return _logits(q, k, mask, scale)
+    with without_autocast(q):
+        return _logits(q, k, mask, scale)
+
+
+def attention_weights(q: Tensor, k: Tensor, mask: Optional[Tensor], scale: float) -> Tensor:
+    """The softmax of `attention_logits`, (..., Q, K) in the dtype of q."""
+    return attention_logits(q, k, mask, scale).softmax(dim=-1).to(q.dtype)
+
+
+def _logits(q: Tensor, k: Tensor, mask: Optional[Tensor], scale: float) -> Tensor:
+    if q.dtype == torch.float16 or q.dtype == torch.bfloat16:
+        q, k = q.float(), k.float()
+    logits = (q * scale) @ k.transpose(-2, -1)
+    return logits if mask is None else logits + mask

@@ -1,0 +1,91 @@
+"""Summaries and global tokens against their formulas, over all tokens at once and merged from parts."""
+import pytest
+import torch
+
+from ls_vision.ops.long_range import attend_globally, merge_parts, summarize
+
+
+def draw(g=2, m=3, N=20, kinds=2, dtype=torch.float64, size=1.):
+    torch.manual_seed(0)
+    shapes = (2, g, 3, 8), (2, m, 2, 3, 8), (2, N, kinds, 3, 8)
+    return [(size * torch.randn(shape, dtype=torch.float64)).to(dtype).requires_grad_() for shape in shapes]
+
+
+def formula(query, own, tokens, scale):
+    k, v = torch.cat([own[:, :, 0], tokens[:, :, 0]], 1), torch.cat([own[:, :, 1], tokens[:, :, -1]], 1)
+    logits = scale * torch.einsum('bghd,bnhd->bhgn', query, k)
+    return torch.einsum('bhgn,bnhd->bghd', logits.softmax(-1), v), logits.logsumexp(-1)
+
+
+@pytest.mark.parametrize('kinds', [1, 2])
+@pytest.mark.parametrize('g,m,N', [(1, 1, 20), (3, 2, 7), (1, 1, 0)])
+def test_global_attention_matches_formula(g, m, N, kinds):
+    leaves = draw(g, m, N, kinds)
+    actual, expected = attend_globally(*leaves, 0.4, with_lse=True), formula(*leaves, 0.4)
+    torch.testing.assert_close(actual, expected)
+    grads = [torch.randn_like(x) for x in actual]
+    torch.testing.assert_close(
+        torch.autograd.grad(actual, leaves, grads), torch.autograd.grad(expected, leaves, grads))
+    out, lse = attend_globally(*leaves, 0.4)
+    assert lse.numel() == 0
+    torch.testing.assert_close(out, expected[0])
+
+
+@pytest.mark.parametrize('with_lse', [False, True])
+@pytest.mark.parametrize('kinds', [1, 2])
+def test_global_attention_contract(kinds, with_lse):
+    args = draw(dtype=torch.float32, kinds=kinds)
+    torch.library.opcheck(torch.ops.ls_vision.global_attention.default, (*args, 0.4, with_lse))
+
+
+def test_summaries_contract():
+    weights = torch.rand(2, 3, 5, 20, requires_grad=True)
+    tokens = torch.randn(2, 22, 2, 3, 8, requires_grad=True)
+    torch.library.opcheck(torch.ops.ls_vision.summarize.default, (weights, tokens[:, 2:]))
+
+
+def test_summaries_match_formula():
+    scores = torch.randn(2, 3, 5, 20, dtype=torch.float64, requires_grad=True)
+    tokens = torch.randn(2, 20, 2, 3, 8, dtype=torch.float64, requires_grad=True)
+    actual, lse = summarize(scores, tokens, with_lse=True)
+    expected = torch.einsum('bhrn,bnkhd->bhrkd', scores.softmax(-1), tokens).flatten(3)
+    torch.testing.assert_close((actual, lse), (expected, scores.logsumexp(-1)))
+    grad = torch.randn_like(actual)
+    torch.testing.assert_close(
+        torch.autograd.grad(actual, (scores, tokens), grad), torch.autograd.grad(expected, (scores, tokens), grad))
+
+
+@pytest.mark.parametrize('cuts', [[20], [7, 13], [1, 12, 7]])
+def test_parts_merge(cuts):
+    """Softmax over all tokens from parts of them, as devices with a part of an image each have them."""
+    scores, tokens = torch.randn(2, 3, 5, 20, dtype=torch.float64), torch.randn(2, 20, 2, 3, 8, dtype=torch.float64)
+    parts = [summarize(s, t, True) for s, t in zip(scores.split(cuts, -1), tokens.split(cuts, 1), strict=True)]
+    torch.testing.assert_close(merge_parts(parts), summarize(scores, tokens, True))
+
+    query, own, tokens = draw()
+    expected, lse = attend_globally(query, own, tokens, 0.4, with_lse=True)
+    nothing = own[:, :0]
+    parts = [attend_globally(query, nothing, t, 0.4, with_lse=True) for t in (own, *tokens.split(cuts, 1))]
+    merged, merged_lse = merge_parts([(out.transpose(1, 2), part_lse) for out, part_lse in parts])  # (B, h, g, d)
+    torch.testing.assert_close((merged.transpose(1, 2), merged_lse), (expected, lse))
+
+
+@pytest.mark.parametrize('dtype,tolerance', [(torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
+def test_half_precision(dtype, tolerance):
+    args = draw(dtype=dtype)
+    out, _ = attend_globally(*args, 0.4)
+    assert out.dtype == dtype
+    expected, _ = formula(*(t.double() for t in args), 0.4)
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=tolerance)
+    args = draw(dtype=dtype, size=1e3)
+    out, _ = attend_globally(*args, 1.)
+    assert out.isfinite().all()
+    assert all(g.isfinite().all() for g in torch.autograd.grad(out, args, 1e-3 * torch.randn_like(out)))
+
+
+def test_nothing_but_arguments_is_kept():
+    args = draw(N=500, dtype=torch.float32)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        attend_globally(*args, 0.4)
+    assert {t.data_ptr() for t in kept} == {t.data_ptr() for t in args}
