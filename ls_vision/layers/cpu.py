@@ -13,7 +13,7 @@ other case the module is called.
 Shapes: B batch, L tokens, C channels, D output channels.
 """
 import math
-from typing import Any, Callable, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Tuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..ops.calls import is_plain_inference
-from ..ops.numerics import autocast_dtype
+from ..ops.numerics import autocast_dtype, to_dtype
 
 # Hidden features of an MLP computed at a time, 4 MB in float32.
 CHUNK_ELEMENTS = 2 ** 20
@@ -55,6 +55,23 @@ def linear(module: nn.Linear, x: Tensor) -> Tensor:
     if _takes_onednn(x) and _is_plain_linear(module):
         return _onednn(module, x)
     return module(x)
+
+
+def split_linear(module: nn.Linear, x: Tensor, parts: Sequence[int]) -> Sequence[Tensor]:
+    """`module(x)`, (..., C), in parts of these shares of the output, (..., D_i) each.
+
+    On the fast path each part is a product of its own and contiguous, which spares a norm of it a copy. With gradients
+    the parts are copies: views would keep the whole output for the backward pass, and a norm would copy them twice.
+    """
+    sizes = [module.out_features * part // sum(parts) for part in parts] if isinstance(module, nn.Linear) else []
+    if sizes and _takes_onednn(x) and _is_plain_linear(module):
+        biases = [None] * len(sizes) if module.bias is None else module.bias.split(sizes)
+        return [
+            torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [], 'none')
+            for weight, bias in zip(module.weight.split(sizes), biases)]
+    out = module(x)
+    split = out.split([out.shape[-1] * part // sum(parts) for part in parts], dim=-1)
+    return [part.contiguous() for part in split] if out.requires_grad else split
 
 
 def _takes_onednn(x: Tensor) -> bool:
@@ -131,12 +148,12 @@ def position_bias(
     if not tables or layer.training or not is_plain_inference(x) or any(
             type(t) is not nn.Parameter or t.device.type != 'cpu' for t in tables):
         bias = make(feat_size)
-        return None if bias is None else bias.to(x.dtype)
+        return None if bias is None else to_dtype(bias, x.dtype)
     kept = _kept.get(layer)
     if kept is None or kept.feat_size != feat_size or kept.bias.dtype != x.dtype or not _are_equal(tables, kept.tables):
         bias = make(feat_size)
         assert bias is not None
-        kept = KeptBias(bias.to(x.dtype), feat_size, [t.detach().clone() for t in tables])
+        kept = KeptBias(to_dtype(bias, x.dtype), feat_size, [t.detach().clone() for t in tables])
         if kept.bias.nbytes <= KEPT_BIAS_BYTES:
             _kept[layer] = kept
     return kept.bias

@@ -11,7 +11,7 @@ from timm.models import register_notrace_function
 from torch import Tensor, nn
 
 from ..ops.calls import is_followed
-from ..ops.numerics import attention_weights
+from ..ops.numerics import attention_weights, to_dtype
 from . import cpu
 from .checks import check_heads, check_token_count
 from .position_bias import grid_bias, grid_bias_rows, resize_grid_bias
@@ -172,7 +172,7 @@ class FullAttention2d(nn.Module):
             bias = self.position_bias(feat_size)
         else:
             bias = cpu.position_bias(self, q, feat_size, self.position_bias)
-        return None if bias is None else bias.to(q.dtype).unsqueeze(0)
+        return None if bias is None else to_dtype(bias, q.dtype).unsqueeze(0)
 
     def extra_repr(self) -> str:
         return (

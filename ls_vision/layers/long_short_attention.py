@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..ops.attention import attend
 from ..ops.backends.composite import merge_windows, tile_logits
 from ..ops.long_range import attend_globally, global_weights, summarize
-from ..ops.numerics import to_autocast
+from ..ops.numerics import to_autocast, to_dtype
 from ..ops.window import square_window
 from . import cpu
 from .checks import check_choice, check_heads, check_token_count
@@ -225,7 +225,7 @@ class LongShortAttention2d(nn.Module):
         window = square_window(self.window_size)
         logits, values = tile_logits(
             query, pair, window, self._additional(pair, own, scores), self.position_bias(), self.scale)
-        local = logits.softmax(dim=-1).to(values.dtype)
+        local = to_dtype(logits.softmax(dim=-1), values.dtype)
         weights_global = None
         if self.num_global_tokens > 0:
             out = merge_windows(local @ values, feat_size, window)
@@ -253,10 +253,12 @@ class LongShortAttention2d(nn.Module):
         x = to_autocast(x)  # once: each linear map would keep a copy of its own
         scores: Optional[Tensor] = None  # (B, N, h * r)
         if self.qkv is not None:
-            qkv = self.qkv(x) if torch.jit.is_scripting() else cpu.linear(self.qkv, x)
-            D = qkv.shape[-1] // 3
-            q, kv = qkv.split([D, 2 * D], dim=-1)
-            kv = kv.unflatten(-1, (2, D))  # (B, L, 2, D)
+            if torch.jit.is_scripting():
+                q, k, v = self.qkv(x).chunk(3, dim=-1)
+                kv = torch.stack([k, v], dim=2)
+            else:
+                q, kv = cpu.split_linear(self.qkv, x, (1, 2))
+                kv = kv.unflatten(-1, (2, -1))  # (B, L, 2, D)
             if self.to_dynamic_projection is not None:
                 # of global tokens too: to leave them out would copy the others
                 if torch.jit.is_scripting():
@@ -290,11 +292,11 @@ class LongShortAttention2d(nn.Module):
         """The attention of local tokens with its weights passed through `attn_drop`; (B, H, W, h, d)."""
         window = square_window(self.window_size)
         logits, values = tile_logits(query, pair, window, additional, self.position_bias(), self.scale)
-        weights = self.attn_drop(logits.softmax(dim=-1).to(values.dtype))
+        weights = self.attn_drop(to_dtype(logits.softmax(dim=-1), values.dtype))
         return merge_windows(weights @ values, (query.shape[1], query.shape[2]), window)
 
     def _global_keys(self, out: Tensor, pair: Tensor) -> Tensor:
-        """(B, N, n, h, d), what global tokens attend to: the local outputs, both keys and values, or keys and values."""
+        """(B, N, n, h, d): local outputs, which are both keys and values, or local keys and values."""
         return out.flatten(1, 2).unsqueeze(2) if self.global_attention == 'post' else pair.flatten(1, 2)
 
     def extra_repr(self) -> str:

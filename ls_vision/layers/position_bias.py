@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops.numerics import at_least_float32, to_dtype
 from ..ops.window import square_window, window_offsets
 
 WINDOW_BIASES = ('released', 'unique')
@@ -65,7 +66,7 @@ def resize_window_bias(table: Tensor, window_size: int, kind: str) -> Tensor:
     source, source_kind = _identify_window_bias(table.shape[0], kind)
     size = 2 * (window_size + square_window(window_size).row_margin) - 1
     offsets = _offset_rows(source, source_kind, table.device)  # (S, S) of the source
-    dense = table.float().t()[:, offsets]  # (h, S, S)
+    dense = at_least_float32(table).t()[:, offsets]  # (h, S, S)
     dense = _resize_map(dense, (size, size)).flatten(1)  # (h, size * size)
     # where offsets share a row it becomes their mean
     target = _offset_rows(window_size, kind, table.device).flatten()
@@ -117,9 +118,9 @@ def resize_grid_bias(table: Tensor, feat_size: Tuple[int, int], new_feat_size: T
     if not open_size and feat_size[0] == new_feat_size[0] and feat_size[1] == new_feat_size[1]:
         return table
     size = (2 * feat_size[0] - 1, 2 * feat_size[1] - 1)
-    dense = table.t().reshape(table.shape[1], size[0], size[1]).float()  # (h, 2H - 1, 2W - 1)
+    dense = at_least_float32(table.t().reshape(table.shape[1], size[0], size[1]))  # (h, 2H - 1, 2W - 1)
     dense = _resize_map(dense, (2 * new_feat_size[0] - 1, 2 * new_feat_size[1] - 1))
-    return dense.flatten(1).t().to(table.dtype)
+    return to_dtype(dense.flatten(1).t(), table.dtype)
 
 
 def grid_bias(

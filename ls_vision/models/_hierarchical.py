@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ..layers import FullAttention2d, LongShortAttention2d, cpu
 from ..layers.patch_embed import PatchEmbed, check_image_size
+from ..ops.numerics import to_dtype
 from ._checkpoint import describe_mismatch
 
 ATTN_TYPES = ('long-short', 'full')
@@ -62,6 +63,19 @@ class Block(nn.Module):
         return x + self.drop_path2(y)
 
 
+class Blocks(nn.Sequential):
+    """The blocks of a stage, one after the other."""
+
+    def forward(self, x: Tensor, feat_size: Tuple[int, int], grad_checkpointing: bool = False) -> Tensor:
+        """(B, L, C) -> (B, L, C)."""
+        for block in self:
+            if grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint(block, x, feat_size)
+            else:
+                x = block(x, feat_size)
+        return x
+
+
 class Stage(nn.Module):
     """Token embedding, global tokens and blocks."""
 
@@ -81,7 +95,7 @@ class Stage(nn.Module):
         self.global_tokens = None
         if num_global_tokens > 0:
             self.global_tokens = nn.Parameter(torch.empty(1, num_global_tokens, dim, device=device, dtype=dtype))
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = Blocks(*blocks)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -95,12 +109,8 @@ class Stage(nn.Module):
         B, H, W, C = x.shape
         x = x.reshape(B, H * W, C)
         if self.global_tokens is not None:
-            x = torch.cat([self.global_tokens.expand(B, -1, -1).to(x.dtype), x], dim=1)  # (B, L, C)
-        for block in self.blocks:
-            if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint(block, x, (H, W))
-            else:
-                x = block(x, (H, W))
+            x = torch.cat([to_dtype(self.global_tokens.expand(B, -1, -1), x.dtype), x], dim=1)  # (B, L, C)
+        x = self.blocks(x, (H, W), self.grad_checkpointing)
         x = x[:, self.num_global_tokens:]
         return x.reshape(B, H, W, C).permute(0, 3, 1, 2)
 

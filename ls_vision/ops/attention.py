@@ -14,7 +14,7 @@ from . import double_backward
 from .backends import BACKENDS, resolve
 from .backends.composite import composite_attention, merge_windows, tile_logits
 from .calls import is_followed
-from .numerics import to_autocast
+from .numerics import to_autocast, to_dtype
 from .window import Window, make_window, num_keys, num_queries, num_windows
 
 
@@ -68,7 +68,7 @@ def long_short_attention(
         additional = torch.stack([to_autocast(additional_keys), to_autocast(additional_values)], dim=2)
     if dropout_p > 0.:
         logits, values = tile_logits(query, pair, window, additional, bias, scale)
-        weights = F.dropout(logits.softmax(dim=-1).to(values.dtype), dropout_p)
+        weights = F.dropout(to_dtype(logits.softmax(dim=-1), values.dtype), dropout_p)
         return merge_windows(weights @ values, (query.shape[1], query.shape[2]), window)
     out, lse = attend(query, pair, window, additional, bias, scale, backend, return_lse)
     return (out, lse) if return_lse else out

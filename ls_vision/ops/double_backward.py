@@ -23,9 +23,11 @@ def gradients(
     Returns:
         A gradient for each input, None where it is not wanted.
     """
-    wanted = [x for x in inputs if x is not None and x.requires_grad]
     with torch.enable_grad():
+        # aliases: an input that was computed from another one must not pass its gradient on to that
+        inputs = [None if x is None else x.view_as(x) for x in inputs]
         outputs = function(*inputs)
+    wanted = [x for x in inputs if x is not None and x.requires_grad]
     outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
     used = [(out, grad) for out, grad in zip(outputs, grads) if grad is not None]
     found = iter(torch.autograd.grad(

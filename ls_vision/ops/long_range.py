@@ -18,7 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 from . import double_backward
 from .calls import is_followed
 from .chunks import image_chunks
-from .numerics import attention_logits
+from .numerics import at_least_float32, attention_logits, to_dtype
 
 
 def merge_parts(parts: Sequence[Tuple[Tensor, Tensor]]) -> Tuple[Tensor, Tensor]:
@@ -52,9 +52,7 @@ def summarize(scores: Tensor, tokens: Tensor, with_lse: bool = False) -> Tuple[T
     # float32 statistics; the dtype is named because autocast would make the whole result float32
     weights = scores.softmax(dim=-1, dtype=scores.dtype)
     lse = scores.logsumexp(dim=-1) if with_lse else scores
-    if torch.jit.is_scripting():
-        sums = _weighted_sums(weights, tokens)
-    elif is_followed(scores, tokens):
+    if torch.jit.is_scripting() or is_followed(scores, tokens):
         sums = _weighted_sums(weights, tokens)
     else:
         sums = torch.ops.ls_vision.summarize(weights, tokens)  # (B, n, h, r, d)
@@ -167,7 +165,7 @@ def attend_globally(
 
 def global_weights(query: Tensor, own: Tensor, tokens: Tensor, scale: float) -> Tensor:
     """(B, h, g, m + N), the weights of `attend_globally`."""
-    return _global_logits(query, own, tokens, scale).softmax(dim=-1).to(query.dtype)
+    return to_dtype(_global_logits(query, own, tokens, scale).softmax(dim=-1), query.dtype)
 
 
 def _global_logits(query: Tensor, own: Tensor, tokens: Tensor, scale: float) -> Tensor:
@@ -180,7 +178,7 @@ def _attend_plainly(query: Tensor, own: Tensor, tokens: Tensor, scale: float, wi
     """`attend_globally` as plain operations."""
     logits = _global_logits(query, own, tokens, scale)
     v = torch.cat([own[:, :, 1], tokens[:, :, -1]], dim=1).transpose(1, 2)
-    out = (logits.softmax(dim=-1).to(query.dtype) @ v).transpose(1, 2)
+    out = (to_dtype(logits.softmax(dim=-1), query.dtype) @ v).transpose(1, 2)
     return out, logits.logsumexp(dim=-1) if with_lse else query.new_empty(0)
 
 
@@ -256,8 +254,7 @@ def _heads_view(x: Tensor, images: slice) -> Tensor:
 
 def _heads(x: Tensor, images: slice) -> Tensor:
     """The same in the precision of the statistics."""
-    x = _heads_view(x, images)
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    return at_least_float32(_heads_view(x, images))
 
 
 def _kinds(x: Tensor, images: slice) -> List[Tensor]:

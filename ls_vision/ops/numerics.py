@@ -9,6 +9,16 @@ import torch
 from torch import Tensor
 
 
+def to_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x.to(dtype)`, which leaves nothing in an exported graph where there is nothing to do."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precision as float32, everything else as it is."""
+    return x.float() if x.dtype == torch.float16 or x.dtype == torch.bfloat16 else x
+
+
 def autocast_dtype(x: Tensor) -> Optional[torch.dtype]:
     """The precision of matrix products where autocast is on for the tensor's device, else None."""
     device = x.device.type
@@ -22,7 +32,7 @@ def to_autocast(x: Tensor) -> Tensor:
     if torch.jit.is_scripting():
         return x
     dtype = autocast_dtype(x)
-    return x if dtype is None or x.dtype == torch.float64 else x.to(dtype)
+    return x if dtype is None or x.dtype == torch.float64 else to_dtype(x, dtype)
 
 
 def without_autocast(x: Tensor) -> ContextManager:
@@ -54,11 +64,9 @@ def attention_logits(q: Tensor, k: Tensor, mask: Optional[Tensor], scale: float)
 
 def attention_weights(q: Tensor, k: Tensor, mask: Optional[Tensor], scale: float) -> Tensor:
     """The softmax of `attention_logits`, (..., Q, K) in the dtype of q."""
-    return attention_logits(q, k, mask, scale).softmax(dim=-1).to(q.dtype)
+    return to_dtype(attention_logits(q, k, mask, scale).softmax(dim=-1), q.dtype)
 
 
 def _logits(q: Tensor, k: Tensor, mask: Optional[Tensor], scale: float) -> Tensor:
-    if q.dtype == torch.float16 or q.dtype == torch.bfloat16:
-        q, k = q.float(), k.float()
-    logits = (q * scale) @ k.transpose(-2, -1)
+    logits = (at_least_float32(q) * scale) @ at_least_float32(k).transpose(-2, -1)
     return logits if mask is None else logits + mask

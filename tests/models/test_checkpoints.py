@@ -86,8 +86,8 @@ def test_native_checkpoints_are_left_alone(tmp_path):
 def test_window_tables_resample_smoothly(kind):
     """A table that is linear in the offsets stays so."""
     def linear_table(window_size):
-        from ls_vision.ops.geometry import window_offsets
-        rows, cols = window_offsets(window_size, torch.device('cpu'))
+        from ls_vision.ops.window import square_window, window_offsets
+        rows, cols = window_offsets(square_window(window_size), torch.device('cpu'))
         index = window_bias_index(window_size, kind, torch.device('cpu'))
         table = torch.zeros(window_bias_rows(window_size, kind), 1)
         count = torch.zeros_like(table)

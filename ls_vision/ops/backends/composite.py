@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..numerics import attention_logits
+from ..numerics import attention_logits, to_dtype
 from ..window import Window, num_windows, window_key_index, window_query_index
 
 
@@ -28,7 +28,7 @@ def composite_attention(
     """`ls_vision.ops.attention.attend` as plain operations; arguments and results are described there."""
     feat_size = (query.shape[1], query.shape[2])
     logits, values = tile_logits(query, pair, window, additional, bias, scale)
-    out = merge_windows(logits.softmax(dim=-1).to(values.dtype) @ values, feat_size, window)
+    out = merge_windows(to_dtype(logits.softmax(dim=-1), values.dtype) @ values, feat_size, window)
     if not with_lse:
         return out, query.new_empty(0)
     lse = merge_windows(logits.logsumexp(dim=-1, keepdim=True), feat_size, window)  # (B, H, W, h, 1)
@@ -69,7 +69,7 @@ def tile_logits(
     T = index.shape[0]
     q = query.reshape(B, H * W, h, d)[:, to_windows].transpose(2, 3)  # (B, T, h, Q, d)
     tiles = pair.reshape(B, H * W, 2, h, d)[:, index]  # (B, T, K, 2, h, d)
-    mask = torch.zeros(1, 1, 1, dtype=query.dtype, device=query.device) if bias is None else bias.to(query.dtype)
+    mask = torch.zeros(1, 1, 1, dtype=query.dtype, device=query.device) if bias is None else to_dtype(bias, query.dtype)
     # a window holds at least one token, so no row of the mask is empty and -inf can't make a NaN
     mask = mask.masked_fill(~inside[:, None, None, :], float('-inf'))  # (T, h or 1, Q or 1, K)
     if additional is not None:
