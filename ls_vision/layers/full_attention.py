@@ -33,6 +33,7 @@ class FullAttention2d(nn.Module):
             self,
             dim: int,
             num_heads: int = 8,
+            *,
             feat_size: Optional[Tuple[int, int]] = None,
             num_global_tokens: int = 0,
             qkv_bias: bool = True,

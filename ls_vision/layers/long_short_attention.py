@@ -52,6 +52,7 @@ class LongShortAttention2d(nn.Module):
             self,
             dim: int,
             num_heads: int = 8,
+            *,
             window_size: int = 7,
             rank: int = 8,
             num_global_tokens: int = 0,

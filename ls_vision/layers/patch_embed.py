@@ -45,6 +45,7 @@ class PatchEmbed(nn.Module):
             self,
             in_chans: int,
             embed_dim: int,
+            *,
             kernel_size: int,
             stride: int,
             padding: int,

@@ -38,6 +38,7 @@ class Block(nn.Module):
             self,
             dim: int,
             attn: nn.Module,
+            *,
             mlp_ratio: float,
             proj_drop: float,
             drop_path: float,
@@ -84,6 +85,7 @@ class Stage(nn.Module):
             patch_embed: PatchEmbed,
             blocks: Sequence[Block],
             dim: int,
+            *,
             num_global_tokens: int = 0,
             device=None,
             dtype=None,
@@ -120,41 +122,46 @@ class HierarchicalTransformer(nn.Module):
 
     def __init__(
             self,
+            *,
             make_embed: Callable[..., PatchEmbed],
             make_attention: Callable[[int, Tuple[int, int]], nn.Module],
-            img_size: Union[int, Tuple[int, int]],
-            in_chans: int,
-            num_classes: int,
-            global_pool: str,
             embed_dims: Sequence[int],
             depths: Sequence[int],
             window_sizes: Sequence[int],
             num_global_tokens: Sequence[int],
-            mlp_ratio: float,
-            drop_rate: float,
-            proj_drop_rate: float,
-            drop_path_rate: float,
-            act_layer: Union[str, Type[nn.Module]],
-            norm_layer: Union[str, Callable[..., nn.Module]],
-            dd: Dict[str, Any],
+            img_size: Union[int, Tuple[int, int]] = 224,
+            in_chans: int = 3,
+            num_classes: int = 1000,
+            global_pool: str = 'avg',
+            mlp_ratio: float = 4.,
+            drop_rate: float = 0.,
+            proj_drop_rate: float = 0.,
+            drop_path_rate: float = 0.,
+            act_layer: Union[str, Type[nn.Module]] = 'gelu',
+            norm_layer: Union[str, Callable[..., nn.Module]] = 'layernorm',
+            device=None,
+            dtype=None,
     ):
         """
         Args:
             make_embed: Makes the token embedding of a stage, called as make_embed(stage, in_chans, dim, norm_layer).
             make_attention: Makes the attention of one of its blocks, called as make_attention(stage, feat_size).
+            embed_dims, depths, window_sizes, num_global_tokens: One for each stage.
             img_size: (H, W) in pixels that position tables are made for, or one number for both.
             in_chans: Channels of the image.
             num_classes: Width of the classifier, 0 for none.
             global_pool: timm's pooling name, '' for none.
-            embed_dims, depths, window_sizes, num_global_tokens: One for each stage.
             mlp_ratio: Hidden width of the MLP over its width.
             drop_rate: Dropout rate in front of the classifier.
             proj_drop_rate: Dropout rate in the MLP.
             drop_path_rate: Stochastic depth rate of the last block; it rises linearly from 0.
             act_layer: Activation of the MLP.
             norm_layer: Norm of blocks, embeddings and final features.
-            dd: Device and dtype.
+
+        Raises:
+            ValueError: An argument is out of range or does not fit another.
         """
+        dd: Dict[str, Any] = {'device': device, 'dtype': dtype}
         super().__init__()
         self.img_size = image_size(img_size)
         self.in_chans = in_chans
@@ -176,10 +183,12 @@ class HierarchicalTransformer(nn.Module):
             feat_size = patch_embed.feat_size(feat_size)
             reduction *= patch_embed.stride
             blocks = [
-                Block(dim, make_attention(i, feat_size), mlp_ratio, proj_drop_rate, rate, act, norm, **dd)
+                Block(
+                    dim, make_attention(i, feat_size), mlp_ratio=mlp_ratio, proj_drop=proj_drop_rate, drop_path=rate,
+                    act_layer=act, norm_layer=norm, **dd)
                 for rate in dpr[i]
             ]
-            stages.append(Stage(patch_embed, blocks, dim, num_global_tokens[i], **dd))
+            stages.append(Stage(patch_embed, blocks, dim, num_global_tokens=num_global_tokens[i], **dd))
             self.feature_info.append(dict(num_chs=dim, reduction=reduction, module=f'stages.{i}'))
 
         self.stages = nn.Sequential(*stages)

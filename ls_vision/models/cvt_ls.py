@@ -7,15 +7,15 @@
 No code or weights were ever released; rebuilt from the paper. GMACs agree with it to 1 %; its parameter counts are
 0.6 % above this layout's (2 % below for cvt_ls_21s), for which it names no cause.
 """
-from typing import Any, Callable, Dict, Mapping, Sequence, Tuple, Type, Union
+from typing import Any, Callable, Dict, Mapping, Sequence, Tuple, Union
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from ..layers import FullAttention2d, LongShortAttention2d
 from ..layers.checks import check_choice
 from ..layers.patch_embed import PatchEmbed
+from ._builder import build_model, model_cfg
 from ._checkpoint import resize_position_tables, unwrap_state_dict
 from ._hierarchical import ATTN_TYPES, HierarchicalTransformer, per_stage
 
@@ -30,12 +30,9 @@ class LongShortCvT(HierarchicalTransformer):
 
     def __init__(
             self,
-            img_size: Union[int, Tuple[int, int]] = 224,
+            *,
             patch_size: int = 7,
             patch_stride: int = 4,
-            in_chans: int = 3,
-            num_classes: int = 1000,
-            global_pool: str = 'avg',
             embed_dims: Sequence[int] = (64, 192, 384),
             depths: Sequence[int] = (1, 2, 10),
             num_heads: Union[int, Sequence[int]] = (1, 3, 6),
@@ -43,25 +40,17 @@ class LongShortCvT(HierarchicalTransformer):
             window_size: Union[int, Sequence[int]] = (8, 4, 2),
             rank: Union[int, Sequence[int]] = (64, 16, 4),
             dual_ln: bool = True,
-            mlp_ratio: float = 4.,
             qkv_bias: bool = True,
-            drop_rate: float = 0.,
             proj_drop_rate: float = 0.,
             attn_drop_rate: float = 0.,
-            drop_path_rate: float = 0.,
-            act_layer: Union[str, Type[nn.Module]] = 'gelu',
-            norm_layer: Union[str, Callable[..., nn.Module]] = 'layernorm',
             device=None,
             dtype=None,
+            **kwargs: Any,
     ):
         """
         Args:
-            img_size: Nominal (H, W) in pixels, or one number for both; nothing in the model depends on it.
             patch_size: Side of the first stage's overlapping patches in pixels.
             patch_stride: Their distance; later stages have patches of 3 at a distance of 2.
-            in_chans: Channels of the image.
-            num_classes: Width of the classifier, 0 for none.
-            global_pool: timm's pooling name, '' for none.
             embed_dims: Channels of each stage; their number is the number of stages.
             depths: Blocks of each stage.
             num_heads: Heads, for all stages or each.
@@ -69,16 +58,13 @@ class LongShortCvT(HierarchicalTransformer):
             window_size: Window of long-short attention in tokens, for all stages or each.
             rank: Rank of its dynamic projection, for all stages or each.
             dual_ln: Normalise keys and values of long-short attention to one scale.
-            mlp_ratio: Hidden width of the MLP over its width.
             qkv_bias: Add a bias to queries, keys and values.
-            drop_rate: Dropout rate in front of the classifier.
             proj_drop_rate: Dropout rate after attention and in the MLP.
             attn_drop_rate: Dropout rate of attention weights.
-            drop_path_rate: Stochastic depth rate of the last block; it rises linearly from 0.
-            act_layer: Activation of the MLP.
-            norm_layer: Norm of blocks, embeddings and final features.
+            **kwargs: The other arguments of `HierarchicalTransformer`; nothing in this model depends on `img_size`.
 
         Raises:
+            TypeError: There is no such argument.
             ValueError: An argument is out of range or does not fit another.
         """
         dd = {'device': device, 'dtype': dtype}
@@ -91,8 +77,8 @@ class LongShortCvT(HierarchicalTransformer):
         def make_embed(i: int, in_chans: int, dim: int, norm_layer: Callable[..., nn.Module]) -> PatchEmbed:
             kernel_size, stride = (patch_size, patch_stride) if i == 0 else (3, 2)
             return PatchEmbed(
-                in_chans, dim, kernel_size, stride, (kernel_size - 1) // 2, norm_layer,
-                min_size=patch_stride if i == 0 else 1, **dd)
+                in_chans, dim, kernel_size=kernel_size, stride=stride, padding=(kernel_size - 1) // 2,
+                norm_layer=norm_layer, min_size=patch_stride if i == 0 else 1, **dd)
 
         def make_attention(i: int, feat_size: Tuple[int, int]) -> nn.Module:
             args: Dict[str, Any] = dict(
@@ -104,8 +90,9 @@ class LongShortCvT(HierarchicalTransformer):
                 window_size=window_sizes[i], rank=ranks[i], rel_pos_bias=None, dual_ln=dual_ln, **args)
 
         super().__init__(
-            make_embed, make_attention, img_size, in_chans, num_classes, global_pool, embed_dims, depths, window_sizes,
-            (0,) * len(embed_dims), mlp_ratio, drop_rate, proj_drop_rate, drop_path_rate, act_layer, norm_layer, dd)
+            make_embed=make_embed, make_attention=make_attention, embed_dims=embed_dims, depths=depths,
+            window_sizes=window_sizes, num_global_tokens=(0,) * len(embed_dims), proj_drop_rate=proj_drop_rate, **dd,
+            **kwargs)
 
     def filter_state_dict(self, state_dict: Mapping[str, Any]) -> Dict[str, Any]:
         return checkpoint_filter_fn(state_dict, self)
@@ -117,33 +104,18 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> Dic
 
 
 def _create_cvt_ls(variant: str, pretrained: bool = False, **kwargs) -> LongShortCvT:
-    out_indices = kwargs.pop('out_indices', tuple(range(len(kwargs['embed_dims']))))
-    return build_model_with_cfg(
-        LongShortCvT, variant, pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(flatten_sequential=True, out_indices=out_indices),
-        **kwargs)
-
-
-def _cfg(**kwargs) -> Dict[str, Any]:
-    return {
-        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (14, 14),
-        'crop_pct': .875, 'interpolation': 'bicubic',
-        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'stages.0.patch_embed.proj', 'classifier': 'head.fc',
-        'paper_ids': 'arXiv:2107.02192', 'paper_name': 'Long-Short Transformer', 'license': 'mit', **kwargs
-    }
+    return build_model(LongShortCvT, variant, pretrained, checkpoint_filter_fn, **kwargs)
 
 
 default_cfgs = generate_default_cfgs({
-    'cvt_ls_13.untrained': _cfg(),
-    'cvt_ls_17.untrained': _cfg(),
-    'cvt_ls_21.untrained': _cfg(),
-    'cvt_ls_21s.untrained': _cfg(),
-    'cvt_ls_21_384.untrained': _cfg(input_size=(3, 384, 384), pool_size=(24, 24)),
-    'cvt_ls_21_448.untrained': _cfg(input_size=(3, 448, 448), pool_size=(28, 28)),
-    'cvt_13.untrained': _cfg(),
-    'cvt_21.untrained': _cfg(),
+    'cvt_ls_13.untrained': model_cfg(pool_size=(14, 14)),
+    'cvt_ls_17.untrained': model_cfg(pool_size=(14, 14)),
+    'cvt_ls_21.untrained': model_cfg(pool_size=(14, 14)),
+    'cvt_ls_21s.untrained': model_cfg(pool_size=(14, 14)),
+    'cvt_ls_21_384.untrained': model_cfg(input_size=(3, 384, 384), pool_size=(24, 24)),
+    'cvt_ls_21_448.untrained': model_cfg(input_size=(3, 448, 448), pool_size=(28, 28)),
+    'cvt_13.untrained': model_cfg(pool_size=(14, 14)),
+    'cvt_21.untrained': model_cfg(pool_size=(14, 14)),
 })
 
 _CVT_13 = dict(embed_dims=(64, 192, 384), depths=(1, 2, 10), num_heads=(1, 3, 6))

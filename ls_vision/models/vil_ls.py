@@ -5,18 +5,18 @@
     - released implementation and weights: https://github.com/NVIDIA/transformer-ls (MIT)
 `Multi-Scale Vision Longformer`, Zhang et al., ICCV 2021 - https://arxiv.org/abs/2103.15358
 
-Written anew; numerically the released one, whose checkpoints load.
+An independent implementation, numerically the released one, whose checkpoints load.
 """
 import re
-from typing import Any, Callable, Dict, Mapping, Optional, Sequence, Tuple, Type, Union
+from typing import Any, Callable, Dict, Mapping, Optional, Sequence, Tuple, Union
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from ..layers import FullAttention2d, LongShortAttention2d
 from ..layers.checks import check_choice
 from ..layers.patch_embed import PatchEmbed
+from ._builder import build_model, model_cfg
 from ._checkpoint import fetch_released_weights, resize_position_tables, unwrap_state_dict
 from ._hierarchical import ATTN_TYPES, HierarchicalTransformer, per_stage
 
@@ -32,11 +32,8 @@ class LongShortViL(HierarchicalTransformer):
 
     def __init__(
             self,
-            img_size: Union[int, Tuple[int, int]] = 224,
+            *,
             patch_size: int = 4,
-            in_chans: int = 3,
-            num_classes: int = 1000,
-            global_pool: str = 'avg',
             embed_dims: Sequence[int] = (96, 192, 384, 768),
             depths: Sequence[int] = (1, 4, 16, 1),
             num_heads: Union[int, Sequence[int]] = (3, 3, 6, 12),
@@ -47,24 +44,16 @@ class LongShortViL(HierarchicalTransformer):
             rel_pos_bias: Optional[str] = 'released',
             global_attention: str = 'post',
             dual_ln: bool = True,
-            mlp_ratio: float = 4.,
             qkv_bias: bool = True,
-            drop_rate: float = 0.,
             proj_drop_rate: float = 0.,
             attn_drop_rate: float = 0.,
-            drop_path_rate: float = 0.,
-            act_layer: Union[str, Type[nn.Module]] = 'gelu',
-            norm_layer: Union[str, Callable[..., nn.Module]] = 'layernorm',
             device=None,
             dtype=None,
+            **kwargs: Any,
     ):
         """
         Args:
-            img_size: (H, W) in pixels that position tables are made for, or one number for both.
             patch_size: Side of the first stage's patches in pixels; later stages halve the grid.
-            in_chans: Channels of the image.
-            num_classes: Width of the classifier, 0 for none.
-            global_pool: timm's pooling name, '' for none.
             embed_dims: Channels of each stage; their number is the number of stages.
             depths: Blocks of each stage.
             num_heads: Heads, for all stages or each.
@@ -75,16 +64,13 @@ class LongShortViL(HierarchicalTransformer):
             rel_pos_bias: Position bias of windows: 'released', 'unique' or None; None also drops full attention's.
             global_attention: Keys of global tokens in long-short attention: 'post' or 'pre'.
             dual_ln: Normalise keys and values of long-short attention to one scale.
-            mlp_ratio: Hidden width of the MLP over its width.
             qkv_bias: Add a bias to queries, keys and values.
-            drop_rate: Dropout rate in front of the classifier.
             proj_drop_rate: Dropout rate after attention and in the MLP.
             attn_drop_rate: Dropout rate of attention weights.
-            drop_path_rate: Stochastic depth rate of the last block; it rises linearly from 0.
-            act_layer: Activation of the MLP.
-            norm_layer: Norm of blocks, embeddings and final features.
+            **kwargs: The other arguments of `HierarchicalTransformer`.
 
         Raises:
+            TypeError: There is no such argument.
             ValueError: An argument is out of range or does not fit another.
         """
         dd = {'device': device, 'dtype': dtype}
@@ -96,7 +82,9 @@ class LongShortViL(HierarchicalTransformer):
 
         def make_embed(i: int, in_chans: int, dim: int, norm_layer: Callable[..., nn.Module]) -> PatchEmbed:
             stride = patch_size if i == 0 else 2
-            return PatchEmbed(in_chans, dim, stride, stride, 0, norm_layer, min_size=patch_size if i == 0 else 1, **dd)
+            return PatchEmbed(
+                in_chans, dim, kernel_size=stride, stride=stride, padding=0, norm_layer=norm_layer,
+                min_size=patch_size if i == 0 else 1, **dd)
 
         def make_attention(i: int, feat_size: Tuple[int, int]) -> nn.Module:
             args: Dict[str, Any] = dict(
@@ -109,8 +97,9 @@ class LongShortViL(HierarchicalTransformer):
                 global_attention=global_attention, dual_ln=dual_ln, **args)
 
         super().__init__(
-            make_embed, make_attention, img_size, in_chans, num_classes, global_pool, embed_dims, depths, window_sizes,
-            num_global_tokens, mlp_ratio, drop_rate, proj_drop_rate, drop_path_rate, act_layer, norm_layer, dd)
+            make_embed=make_embed, make_attention=make_attention, embed_dims=embed_dims, depths=depths,
+            window_sizes=window_sizes, num_global_tokens=num_global_tokens, proj_drop_rate=proj_drop_rate, **dd,
+            **kwargs)
 
     def filter_state_dict(self, state_dict: Mapping[str, Any]) -> Dict[str, Any]:
         return checkpoint_filter_fn(state_dict, self)
@@ -143,40 +132,25 @@ def _rename_released(match: re.Match) -> str:
 
 
 def _create_vil_ls(variant: str, pretrained: bool = False, **kwargs) -> LongShortViL:
-    out_indices = kwargs.pop('out_indices', tuple(range(len(kwargs['embed_dims']))))
     if pretrained:
         kwargs['pretrained_cfg_overlay'] = fetch_released_weights(variant, kwargs)
-    return build_model_with_cfg(
-        LongShortViL, variant, pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(flatten_sequential=True, out_indices=out_indices),
-        **kwargs)
-
-
-def _cfg(**kwargs) -> Dict[str, Any]:
-    return {
-        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
-        'crop_pct': .875, 'interpolation': 'bicubic',
-        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'stages.0.patch_embed.proj', 'classifier': 'head.fc',
-        'paper_ids': 'arXiv:2107.02192', 'paper_name': 'Long-Short Transformer', 'license': 'mit', **kwargs
-    }
+    return build_model(LongShortViL, variant, pretrained, checkpoint_filter_fn, **kwargs)
 
 
 # origin_url, not url: the authors' files lie behind a share page, which the build function fetches them from
 default_cfgs = generate_default_cfgs({
-    'vil_ls_medium.nvidia_in1k': _cfg(origin_url='https://www.dropbox.com/s/ng14pebstaaydug/model_best.pth'),
-    'vil_ls_base.nvidia_in1k': _cfg(origin_url='https://www.dropbox.com/s/80u5p5eh4txad10/model_best.pth'),
-    'vil_ls_medium_384.nvidia_in1k': _cfg(
+    'vil_ls_medium.nvidia_in1k': model_cfg(origin_url='https://www.dropbox.com/s/ng14pebstaaydug/model_best.pth'),
+    'vil_ls_base.nvidia_in1k': model_cfg(origin_url='https://www.dropbox.com/s/80u5p5eh4txad10/model_best.pth'),
+    'vil_ls_medium_384.nvidia_in1k': model_cfg(
         origin_url='https://www.dropbox.com/s/390tzi2ll3sfibl/model_best.pth',
         input_size=(3, 384, 384), pool_size=(12, 12)),
-    'vil_ls_tiny.untrained': _cfg(),
-    'vil_ls_small.untrained': _cfg(),
-    'vil_ls_tiny_linear.untrained': _cfg(),
-    'vil_ls_small_linear.untrained': _cfg(),
-    'vil_ls_medium_linear.untrained': _cfg(),
-    'vil_ls_base_linear.untrained': _cfg(),
-    'vil_full_medium.untrained': _cfg(),
+    'vil_ls_tiny.untrained': model_cfg(),
+    'vil_ls_small.untrained': model_cfg(),
+    'vil_ls_tiny_linear.untrained': model_cfg(),
+    'vil_ls_small_linear.untrained': model_cfg(),
+    'vil_ls_medium_linear.untrained': model_cfg(),
+    'vil_ls_base_linear.untrained': model_cfg(),
+    'vil_full_medium.untrained': model_cfg(),
 })
 
 _TINY = dict(embed_dims=(48, 96, 192, 384), depths=(1, 1, 9, 1), num_heads=(1, 3, 3, 6))

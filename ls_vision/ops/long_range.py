@@ -52,10 +52,11 @@ def summarize(scores: Tensor, tokens: Tensor, with_lse: bool = False) -> Tuple[T
     # float32 statistics; the dtype is named because autocast would make the whole result float32
     weights = scores.softmax(dim=-1, dtype=scores.dtype)
     lse = scores.logsumexp(dim=-1) if with_lse else scores
-    if torch.jit.is_scripting() or is_followed(scores, tokens):
+    if torch.jit.is_scripting():
         sums = _weighted_sums(weights, tokens)
     else:
-        sums = torch.ops.ls_vision.summarize(weights, tokens)  # (B, n, h, r, d)
+        followed = is_followed(scores, tokens)
+        sums = (_weighted_sums if followed else torch.ops.ls_vision.summarize)(weights, tokens)  # (B, n, h, r, d)
     return sums.permute(0, 2, 3, 1, 4).flatten(3), lse
 
 

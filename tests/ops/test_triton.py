@@ -18,9 +18,9 @@ from unittest import mock
 import pytest
 import torch
 
-from ls_vision.ops import triton_backend
-from ls_vision.ops.geometry import key_margin
-from ls_vision.ops.reference import _pairs, reference_attention
+from ls_vision.ops.backends.reference import reference_attention
+from ls_vision.ops.backends.triton import launch as launcher
+from ls_vision.ops.window import make_window, num_keys, num_queries
 
 pytest.importorskip('triton')
 
@@ -53,25 +53,12 @@ def draw(w, d, M, bias, H, W, B=2, h=2, dtype='float32', size=1.0, device='cpu')
         x[:, [0, -1]] = float('nan')  # other tokens, which are not to be read
         return x[:, 1:-1].unflatten(1, (H, W))
 
-    dtype = getattr(torch, dtype)
-    q, (k, v) = tokens(), tokens(2).unbind(3)
-    additional = (None, None) if M is None else (randn(B, 2, M, h, d) * size).to(device, dtype).unbind(1)
-    bias = randn(h, w * w, (w + 2 * key_margin(w)) ** 2).to(device) if bias else None
+    dtype, window = getattr(torch, dtype), make_window(w)
+    query, pair = tokens(), tokens(2)
+    additional = None if M is None else (randn(B, M, 2, h, d) * size).to(device, dtype)
+    bias = randn(h, num_queries(window), num_keys(window)).to(device) if bias else None
     grad = randn(B, H, W, h, d).to(device, dtype)
-    return (q, k, v, w, *additional, bias, d ** -0.5), grad
-
-
-def dense_lse(query, key, window_size, additional_keys, bias, scale):
-    B, H, W, h, d = query.shape
-    q = query.reshape(B, H * W, h, d).transpose(1, 2).float() * scale
-    in_window, pair = _pairs(H, W, window_size, query.device)
-    logits = q @ key.reshape(B, H * W, h, d).permute(0, 2, 3, 1).float()
-    if bias is not None:
-        logits = logits + bias.flatten(1)[:, pair]
-    logits = logits.masked_fill(~in_window, float('-inf'))
-    if additional_keys is not None:
-        logits = torch.cat((logits, q @ additional_keys.permute(0, 2, 3, 1).float()), -1)
-    return logits.logsumexp(-1).unflatten(-1, (H, W))
+    return (query, pair, window, additional, bias, d ** -0.5), grad
 
 
 def measure(blocks=None, grad_size=1.0, **case):
@@ -81,31 +68,30 @@ def measure(blocks=None, grad_size=1.0, **case):
     """
     with contextlib.ExitStack() as stack:
         if blocks is not None:
-            patch = functools.partial(mock.patch.object, triton_backend)
-            stack.enter_context(patch('_blocks', lambda *_: (triton_backend.Blocks(*blocks),)))
+            patch = functools.partial(mock.patch.object, launcher)
+            stack.enter_context(patch('_blocks', lambda *_: (launcher.Blocks(*blocks),)))
             stack.enter_context(patch('_REDUCTION_PROGRAMS', 2))
         return compare(*draw(**case), grad_size)
 
 
 def compare(arguments, grad, grad_size):
     grad = grad * grad_size
-    out, lse = triton_backend.triton_forward(*arguments)
-    grads = triton_backend.triton_backward(grad, *arguments, out, lse)
+    out, lse = launcher.forward(*arguments, False)
+    grads = launcher.backward(grad, None, *arguments, out, lse)
 
     exact = [x.float().requires_grad_() if isinstance(x, torch.Tensor) else x for x in arguments]
-    q, k, v, w, ak, av, bias, scale = exact
-    expected = reference_attention(*exact)
-    tensors = (q, k, v, ak, av, bias)
-    leaves = [x for x in tensors if x is not None]
-    expected_grads = iter(torch.autograd.grad(expected, leaves, grad.float(), materialize_grads=True))
+    expected, expected_lse = reference_attention(*exact)
+    tensors = [exact[i] for i in (0, 1, 3, 4)]
+    expected_grads = iter(torch.autograd.grad(
+        expected, [x for x in tensors if x is not None], grad.float(), materialize_grads=True))
 
-    errors = {'out': (out, expected), 'lse': (lse, dense_lse(q, k, w, ak, bias, scale))}
-    for name, x, actual in zip(('dq', 'dk', 'dv', 'dak', 'dav', 'dbias'), tensors, grads):
+    errors = {'out': (out, expected), 'lse': (lse, expected_lse)}
+    for name, x, actual in zip(
+            ('query', 'pair', 'additional', 'bias'), (arguments[i] for i in (0, 1, 3, 4)), grads, strict=True):
         assert (x is None) == (actual is None), name
         if x is not None:
             errors[name] = actual, next(expected_grads)
-            assert actual.shape == x.shape and actual.is_contiguous(), name
-            assert actual.dtype == (torch.float32 if name == 'dbias' else grad.dtype), name
+            assert actual.shape == x.shape and actual.is_contiguous() and actual.dtype == x.dtype, name
     result = {'finite': all(bool(x.isfinite().all()) for x, _ in errors.values())}
     for name, (actual, exact) in errors.items():
         if exact.numel():
@@ -118,10 +104,10 @@ def compare(arguments, grad, grad_size):
 def spills(kernel, arch, dtype, head_dim, window_size, num_additional, has_bias):
     """Compiles a kernel with each of its block shapes -> bytes spilled, registers and shared memory of each."""
     capability, dtype = divmod(arch, 10), getattr(torch, dtype)
-    constants = triton_backend.constants(head_dim, window_size, num_additional, has_bias, dtype)
+    constants = launcher.constants(head_dim, window_size, num_additional, has_bias, dtype)
     answers = []
-    for blocks in triton_backend.block_shapes(kernel, head_dim, dtype, capability):
-        options = triton_backend.compile_options(kernel, blocks)
+    for blocks in launcher.block_shapes(kernel, head_dim, dtype, capability):
+        options = launcher.compile_options(kernel, blocks)
         compiled = compile_ahead(kernel, arch, dtype, {**constants, **options})
         answers.append({'blocks': blocks, 'shared': compiled.metadata.shared, **resources(compiled.asm['ptx'], arch)})
     return answers
@@ -132,7 +118,7 @@ def compile_ahead(kernel, arch, dtype, options):
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-    function = triton_backend.kernel(kernel)
+    function = launcher.kernel(kernel)
     operand = {torch.float32: '*fp32', torch.float16: '*fp16', torch.bfloat16: '*bf16'}[dtype]
     float32 = ('bias_ptr', 'lse_ptr', 'delta_ptr', 'dbias_ptr', 'dak_ptr', 'dav_ptr')
     signature, constants, attributes = {}, {}, {}
@@ -192,23 +178,23 @@ def launch(tune=False, **case):
         return run(function, *args, warmup=True, **kwargs)
 
     def all_blocks(name, query):
-        return tuple(triton_backend.block_shapes(name, query.shape[-1], query.dtype, (9, 0)))
+        return tuple(launcher.block_shapes(name, query.shape[-1], query.dtype, (9, 0)))
 
     triton.runtime.driver.set_active(Driver())
     run = triton.runtime.JITFunction.run
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(triton.runtime.JITFunction, 'run', compile_only))
         if tune:
-            stack.enter_context(mock.patch.object(triton_backend, '_blocks', all_blocks))
+            stack.enter_context(mock.patch.object(launcher, '_blocks', all_blocks))
         before = compiled_versions()
         arguments, grad = draw(**case)
-        out, lse = triton_backend.triton_forward(*arguments)
-        triton_backend.triton_backward(grad, *arguments, out, lse)
+        out, lse = launcher.forward(*arguments, False)
+        launcher.backward(grad, None, *arguments, out, lse)
         return [after - count for after, count in zip(compiled_versions(), before, strict=True)]
 
 
 def compiled_versions():
-    return [len(triton_backend.kernel(kernel).device_caches[0][0]) for kernel in KERNELS]
+    return [len(launcher.kernel(kernel).device_caches[0][0]) for kernel in KERNELS]
 
 
 # ---- the tests ----------------------------------------------------------------------------------------------------
@@ -375,41 +361,50 @@ def test_launch_arguments(compiler, case):
 def test_tuned_launches(compiler):
     """All block shapes are tried in the first call, and none is compiled in the second."""
     case = dict(w=7, d=64, M=9, bias=True, H=15, W=15, dtype='float16', tune=True)
-    shapes = [triton_backend.block_shapes(kernel, 64, torch.float16, (9, 0)) for kernel in KERNELS]
+    shapes = [launcher.block_shapes(kernel, 64, torch.float16, (9, 0)) for kernel in KERNELS]
     assert compiler('launch', **case) == [len(shape) for shape in shapes]
     assert compiler('launch', **case) == [0] * len(KERNELS)
 
 
 def test_strided_inputs_are_not_copied():
-    (q, k, v, w, ak, av, bias, scale), _ = draw(w=7, d=16, M=3, bias=True, H=8, W=8)
-    arguments = triton_backend._arguments(q, k, v, w, ak, av, bias, scale)
-    assert not k.is_contiguous()
-    for name, x in (('q', q), ('k', k), ('v', v), ('ak', ak), ('av', av)):
+    (query, pair, _, additional, bias, scale), _ = draw(w=7, d=16, M=3, bias=True, H=8, W=8)
+    arguments = launcher._arguments(query, pair, 7, additional, bias, scale)
+    assert not pair.is_contiguous()
+    key, value, more = pair[:, :, :, 0], pair[:, :, :, 1], additional.unbind(2)
+    for name, x in (('q', query), ('k', key), ('v', value), ('ak', more[0]), ('av', more[1])):
         assert arguments[f'{name}_ptr'].data_ptr() == x.data_ptr()
 
 
 def test_refuses_rows_beyond_32_bit_offsets():
-    rows = torch.empty((), device='meta').expand(1, 2, 2 ** 20, 4, 16)
     wide = torch.empty_strided((1, 2, 2 ** 20, 4, 16), (2 ** 27, 2 ** 26, 64, 16, 1), device='meta')
+    pair = torch.empty((), device='meta').expand(1, 2, 2 ** 20, 2, 4, 16)
     with pytest.raises(ValueError, match=r'2\^31'):
-        triton_backend._arguments(wide, wide, rows, 2, None, None, None, 1.)
+        launcher._arguments(wide, pair, 2, None, None, 1.)
 
 
-def test_refuses_windows_beyond_exact_division():
-    """Division of token numbers by multiplication and shift is exact for the largest window."""
-    side = 2 * triton_backend._LARGEST_WINDOW
+def test_division_is_exact_up_to_the_largest_window():
+    """Token numbers are divided by multiplication and shift."""
+    side = 2 * launcher._LARGEST_WINDOW
     index = torch.arange(side * side + 128)
     assert torch.equal(index * (2 ** 20 // side + 1) >> 20, index // side)
-    x = torch.empty(1, 4, 4, 1, 16)
-    with pytest.raises(ValueError, match='window_size is 49'):
-        triton_backend._arguments(x, x, x, 49, None, None, None, 1.)
+
+
+@pytest.mark.parametrize('shape,window,reason', [
+    ((1, 4, 4, 1, 16), 49, 'windows of up to 48, not 49'),
+    ((1, 4, 4, 1, 160), 7, 'head widths of up to 128, not 160'),
+    ((1, 4, 4, 1, 16), (2, 4), r'square windows'),
+    ((1, 2, 2 ** 20, 4, 16), 2, r'less than 2\^31'),
+])
+def test_names_the_size_that_it_does_not_take(shape, window, reason):
+    query = torch.empty((), device='meta').expand(shape)
+    assert re.search(reason, launcher._no_size(query, make_window(window)))
 
 
 def test_partial_sums_do_not_depend_on_the_tuned_shape():
     """Their buffers are allocated before the shape is chosen."""
     for kernel in ('additional_gradient', 'bias_gradient'):
         for dtype, capability, d in itertools.product((torch.float32, torch.bfloat16), ((8, 0), (9, 0)), (32, 128)):
-            shapes = triton_backend.block_shapes(kernel, d, dtype, capability)
+            shapes = launcher.block_shapes(kernel, d, dtype, capability)
             assert len({(shape.queries, shape.keys) for shape in shapes}) == 1
 
 
