@@ -29,7 +29,7 @@ RESULTS = Path(__file__).parent / 'results'
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_measuring_arguments(parser, seconds=4., rounds=2)
-    parser.add_argument('--resume', action='store_true', help='continue today's run')
+    parser.add_argument('--resume', action='store_true', help='continue a run started today')
     parser.add_argument('--publish', action='store_true', help='write the table into README.md')
     parser.add_argument('--models', nargs='+', default=own_models(), help='default: all')
     parser.add_argument('--out', type=Path, help='file of results')
