@@ -1,7 +1,7 @@
 """Everything that README, CONTRIBUTING and docs tell a reader to run, follow or import is valid.
 
-Python blocks of a page run in order, in one namespace. A block marked `needs=...` (data, weights, a GPU) is compiled, and
-its imports, attributes and arguments are resolved. Shell commands go through the real argument parsers.
+Python blocks of a page run in order, in one namespace. A block marked `needs=...` (data, weights) is compiled, and its
+imports, attributes and arguments are resolved. Shell commands go through the real argument parsers.
 """
 import argparse
 import ast
@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import pytest
 import timm
+import torch
 
 import ls_vision  # noqa: F401  registers the models
 
@@ -73,6 +74,15 @@ def read_commands():
                 words = shlex.split(line, comments=True)
                 if words:
                     yield f'{block.page}:{block.line}', words
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The blocks are small, and the machine may be shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 # ---- Python ----------------------------------------------------------------------------------------------------------
@@ -140,6 +150,23 @@ def test_shell_command(place, words, monkeypatch):
         check_python(args[is_module:], is_module, monkeypatch)
     else:
         pytest.fail(f'{place}: no check for the program {program}')
+
+
+@pytest.mark.parametrize('command', [
+    'python train_imagenet.py --config configs/cifar10.yaml --epohcs 3',
+    'python train_imagenet.py --config configs/missing.yaml',
+    'torchrun --nproc_per_node 8 eval_imagenet.py --variant q --pretrained',
+    'python benchmarks/missing.py',
+    'python -m ls_vision.data.missing',
+    'python -m pytest tests/missing',
+    'ls-vision flops vil_ls_tiny --missing',
+    'ls-vision flops vil_ls_tinny',
+    'make demmo',
+    'pip install ".[missing]"',
+])
+def test_wrong_shell_commands_are_noticed(command, monkeypatch):
+    with pytest.raises((AssertionError, SystemExit)):
+        test_shell_command('', shlex.split(command), monkeypatch)
 
 
 def check_python(args, is_module, monkeypatch):
