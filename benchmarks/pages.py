@@ -1,9 +1,9 @@
-"""Sections of the README that benchmarks write."""
+"""Sections of Markdown pages that benchmarks write: the model zoo in README.md, scaling in docs/results.md."""
 from pathlib import Path
 
 
 def replace_section(path: Path, name: str, text: str) -> None:
-    """Puts a text between the markers `<!-- NAME -->` and `<!-- /NAME -->`.
+    """Replaces the text between the markers `<!-- NAME -->` and `<!-- /NAME -->`.
 
     Raises:
         ValueError: The file has no such markers.
