@@ -6,8 +6,8 @@
     python benchmarks/resolution_scaling.py --family cvt
     python benchmarks/resolution_scaling.py --device cuda --dtype bfloat16
 
-`ls-vision scale` with models and sizes filled in; the results go to benchmarks/results/, dated. With --publish the plot
-and the figures go into the README as well, between its markers.
+`ls-vision scale` with these models and sizes; the results go to benchmarks/results/, dated. --publish also puts the
+plot and the numbers into the README, between its markers.
 """
 import argparse
 import datetime
@@ -19,7 +19,7 @@ from readme import replace_section
 from ls_vision.analysis import report
 from ls_vision.analysis.commands import scale
 from ls_vision.analysis.scale import Results
-from ls_vision.training.errors import UserError
+from ls_vision.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / 'results'

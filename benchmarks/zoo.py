@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""All models of the package: parameters, multiply-adds, published accuracy, measured speed; the README's table of them.
+"""The README's table of models: parameters, multiply-adds, published accuracy and measured speed.
 
-    python benchmarks/zoo.py              # float32 on the CPU, at the size that a model is made for
+    python benchmarks/zoo.py              # float32 on the CPU, at each model's configured size
     python benchmarks/zoo.py --resume
     python benchmarks/zoo.py --device cuda --dtype bfloat16 --batch-size 64
     python benchmarks/zoo.py --publish    # puts the table into the README, between its markers
 
-Writes benchmarks/results/zoo_DEVICE_DTYPE_DATE.json, every model as soon as it is measured.
+Writes benchmarks/results/zoo_DEVICE_DTYPE_DATE.json after every model.
 """
 import argparse
 import datetime
@@ -20,7 +20,7 @@ from ls_vision.analysis.commands.bench import add_measuring_arguments, settings
 from ls_vision.analysis.tables import markdown
 from ls_vision.analysis.worker import Point
 from ls_vision.analysis.zoo import PUBLISHED, default_size, own_models, size_name
-from ls_vision.training.errors import UserError
+from ls_vision.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / 'results'
@@ -29,7 +29,7 @@ RESULTS = Path(__file__).parent / 'results'
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_measuring_arguments(parser, seconds=4., rounds=2)
-    parser.add_argument('--resume', action='store_true', help='go on where a run of today stopped')
+    parser.add_argument('--resume', action='store_true', help='continue an interrupted run of today')
     parser.add_argument('--publish', action='store_true', help='put the table into the README')
     parser.add_argument('--models', nargs='+', default=own_models(), help='default: all')
     parser.add_argument('--out', type=Path, help='file of results')
@@ -39,7 +39,7 @@ def main() -> None:
     try:
         results = scale.Results.create(args.out or RESULTS / name, settings(args), args.resume)
         points = [Point(name, default_size(name), args.batch_size[0], 'inference') for name in args.models]
-        scale.run(points, results, args.rounds)
+        scale.measure_points(points, results, args.rounds)
     except UserError as e:
         raise SystemExit(f'error: {e}') from None
     text = table(results)

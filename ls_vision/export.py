@@ -16,7 +16,7 @@ from torch import nn
 from torch.export import Dim
 
 from ls_vision.analysis.zoo import check_model
-from ls_vision.training.errors import UserError
+from ls_vision.runtime.errors import UserError
 
 
 def export_onnx(

@@ -12,8 +12,8 @@ from PIL import Image
 
 import ls_vision  # noqa: F401, registers the models
 from ls_vision.analysis.pictures import window_bounds
+from ls_vision.analysis.record import record, rollout
 from ls_vision.cli import main
-from ls_vision.inspect import record, rollout
 from ls_vision.ops.reference import reference_attention
 
 TOY = dict(embed_dims=(16, 32, 48, 64), depths=(1, 2, 1, 1), num_heads=2, rank=4, num_classes=10)
@@ -157,7 +157,7 @@ def test_sheet_of_a_photograph(tmp_path):
 
 @pytest.mark.parametrize('args, message', [
     (['--model', 'test_vit2'], 'is not a model of ls_vision'),
-    (['--model', 'vil_ls_tini'], "unknown model 'vil_ls_tini'; did you mean vil_ls_tiny"),
+    (['--model', 'vil_ls_tini'], "unknown model 'vil_ls_tini'; did you mean 'vil_ls_tiny'"),
     (['--model', 'vil_ls_tiny', '--stage', '7'], 'no block 0 in stage 7; expected one of stages.0.blocks.0'),
     (['--model', 'vil_ls_tiny', '--pixel', '5', '64'], '--pixel 5 64: outside of image.png, which is 32 x 64'),
     (['--model', 'vil_ls_tiny', '--checkpoint', 'nowhere.pth'], '--checkpoint nowhere.pth: no such file'),
@@ -174,4 +174,4 @@ def test_not_an_image(tmp_path, capsys):
     (tmp_path / 'text.png').write_text('no image')
     with pytest.raises(SystemExit):
         main(['attention', str(tmp_path / 'text.png'), '--model', 'vil_ls_tiny'])
-    assert 'text.png: can not be read as an image' in capsys.readouterr().err
+    assert 'text.png cannot be read as an image' in capsys.readouterr().err
