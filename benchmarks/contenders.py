@@ -99,7 +99,8 @@ class Floor(nn.Module):
         k, v = layer.dual_ln_full(k), layer.dual_ln_full(v)
         computed = [q, k, v]
         if layer.rank:
-            computed += [layer.to_dynamic_projection(x), layer.dual_ln_dp(k[:, :layer.rank]), layer.dual_ln_dp(v[:, :layer.rank])]
+            r = layer.rank
+            computed += [layer.to_dynamic_projection(x), layer.dual_ln_dp(k[:, :r]), layer.dual_ln_dp(v[:, :r])]
         attended = F.scaled_dot_product_attention(self.q, self.k, self.v, attn_mask=self.mask, scale=layer.scale)
         return (*computed, attended, layer.proj(x))
 

@@ -19,7 +19,7 @@ from pages import replace_section
 from ls_vision.analysis import report
 from ls_vision.analysis.commands import scale
 from ls_vision.analysis.scale import Results
-from ls_vision.training.errors import UserError
+from ls_vision.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / 'results'

@@ -20,7 +20,7 @@ from ls_vision.analysis.commands.bench import add_measuring_arguments, settings
 from ls_vision.analysis.tables import markdown
 from ls_vision.analysis.worker import Point
 from ls_vision.analysis.zoo import PUBLISHED, default_size, own_models, size_name
-from ls_vision.training.errors import UserError
+from ls_vision.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / 'results'
@@ -39,7 +39,7 @@ def main() -> None:
     try:
         results = scale.Results.create(args.out or RESULTS / name, settings(args), args.resume)
         points = [Point(name, default_size(name), args.batch_size[0], 'inference') for name in args.models]
-        scale.run(points, results, args.rounds)
+        scale.measure_points(points, results, args.rounds)
     except UserError as e:
         raise SystemExit(f'error: {e}') from None
     text = table(results)

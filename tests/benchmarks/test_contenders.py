@@ -8,7 +8,7 @@ import torch
 from ls_vision.layers import LongShortAttention2d
 
 sys.path.insert(0, str(Path(__file__).parents[2] / 'benchmarks'))
-from contenders import TileCopying  # noqa: E402
+from contenders import TileCopying
 
 
 @pytest.mark.parametrize('options', [
