@@ -49,7 +49,7 @@ class Results:
         """New results or, with `resume`, those of a file from this machine and with the same settings.
 
         Raises:
-            UserError: The file exists and is not to be resumed, or cannot be.
+            UserError: The file exists and `resume` is false, or it cannot be resumed.
         """
         machine = describe_machine(settings.device, settings.dtype, settings.threads)
         if not path.exists():

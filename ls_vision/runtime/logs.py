@@ -18,7 +18,7 @@ def say(text: str) -> None:
     """Print a line above the progress bar, from the first process only."""
     if is_first_process():
         tqdm.write(text)
-        sys.stdout.flush()  # log files are read while the run goes on
+        sys.stdout.flush()  # log files are read during the run
 
 
 class ProgressBar:

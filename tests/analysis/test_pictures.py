@@ -1,4 +1,4 @@
-"""What the pictures show is what the model does."""
+"""The pictures show what the model computes."""
 import pytest
 import timm
 import torch

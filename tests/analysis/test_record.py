@@ -1,4 +1,4 @@
-"""What is recorded is what the model computes, and the model is afterwards what it was."""
+"""The record equals what the model computes, and recording leaves the model unchanged."""
 import copy
 import subprocess
 import sys
@@ -76,7 +76,7 @@ def test_pulling_is_multiplying_by_the_matrix(model):
 
 
 def test_recorded_weights_give_the_layers_output():
-    """The attention of the layer, made again from what was recorded, against the dense reference."""
+    """The output of the layer, computed from the record, equals the dense reference."""
     seen = {}
     model = toy()
     attn = model.stages[0].blocks[0].attn

@@ -1,4 +1,4 @@
-"""Measurements in fresh processes: what runs out of memory, what is killed, what goes on."""
+"""Measurements in fresh processes: out of memory, killed, and resumed."""
 import json
 import os
 import signal
@@ -82,9 +82,9 @@ def test_killed_and_resumed(tmp_path):
 
 
 def test_interrupted(tmp_path):
-    """Ctrl-C goes to all processes of the terminal; what was measured stays, and nothing is left running."""
+    """Ctrl-C goes to all processes of the terminal; results are kept, and no process keeps running."""
     path = tmp_path / 'results.json'
-    process = subprocess.Popen(  # as from a terminal: whoever runs the tests in the background ignores the signal
+    process = subprocess.Popen(  # as from a terminal: processes in the background ignore the signal
         command(tmp_path), stderr=subprocess.PIPE, text=True, start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     while visits_of(path) < 1:

@@ -1,4 +1,4 @@
-"""The ablation compares models of equal size, and its shifts move what they say."""
+"""The ablation compares models of equal size, and its shifts move images as described."""
 import sys
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The benchmark of memory measures a real step, and says where memory ran out."""
+"""The memory benchmark measures a real step, and records out-of-memory."""
 import json
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""CIFAR-10: only the published data get through, and only complete folders appear."""
+"""CIFAR-10: only the published data are accepted, and only complete folders are written."""
 import os
 import subprocess
 import sys
@@ -53,7 +53,7 @@ def test_complete_folder_is_recognised_and_left_alone(tmp_path, capsys):
 
 
 def test_no_source_can_be_reached(tmp_path):
-    """A proxy that nobody listens at and no npm: one clear error, soon, and nothing left behind."""
+    """Without a network and npm there is one clear error, soon, and no file."""
     environment = dict(os.environ, PATH=str(tmp_path))
     environment.update({name: 'http://127.0.0.1:9' for name in ('http_proxy', 'https_proxy', 'HTTPS_PROXY')})
     result = subprocess.run(

@@ -1,4 +1,4 @@
-"""The photographs are those of the published package, or nothing is written."""
+"""Only the photographs of the published package are written."""
 import os
 import subprocess
 import sys

@@ -20,7 +20,7 @@ def tiny_detector(name: str = 'fcos', **kwargs: Any) -> nn.Module:
 
 
 def targets(boxes: list[list[float]], size: tuple[int, int], label: int = 1) -> dict[str, torch.Tensor]:
-    """What a detector is trained on, with masks that fill the boxes."""
+    """Targets of a detector, with masks that fill the boxes."""
     masks = torch.zeros(len(boxes), *size, dtype=torch.uint8)
     for mask, (left, top, right, bottom) in zip(masks, boxes, strict=True):
         mask[int(top):int(bottom), int(left):int(right)] = 1
@@ -28,7 +28,7 @@ def targets(boxes: list[list[float]], size: tuple[int, int], label: int = 1) -> 
 
 
 def write_coco(folder: Path, num_images: int = 2, size: tuple[int, int] = (96, 64), seed: int = 0) -> Path:
-    """Images with bright squares on noise, and annotations.json that tells where they are; returns its path."""
+    """Images with bright squares on noise, and their annotations.json; returns its path."""
     rng = np.random.default_rng(seed)
     width, height = size
     content: dict[str, Any] = dict(images=[], annotations=[], categories=[

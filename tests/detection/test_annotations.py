@@ -1,4 +1,4 @@
-"""Readers give what the files say, and every bad record is reported."""
+"""Readers return the content of the files, and report every bad record."""
 import json
 import re
 
@@ -63,7 +63,7 @@ def test_layout_of_voc_itself_and_difficult_objects(tmp_path):
 
 
 def spoil_coco(path):
-    """One record bad in each way that there is; the first image with its three objects stays good."""
+    """One bad record of each kind; the first image and its three objects stay valid."""
     def change(content):
         images, objects, categories = content['images'], content['annotations'], content['categories']
         images.append(dict(images[0]))  # images[4]

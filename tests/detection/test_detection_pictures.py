@@ -1,4 +1,4 @@
-"""The picture shows what is right, wrong and missing."""
+"""The picture shows correct, false and missed boxes."""
 import numpy as np
 import torch
 from detection_helpers import write_coco

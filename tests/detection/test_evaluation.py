@@ -1,4 +1,4 @@
-"""The metrics are pycocotools' where those are right, and right where those are not."""
+"""The metrics equal those of pycocotools, and are also correct where pycocotools is not."""
 import contextlib
 import io
 

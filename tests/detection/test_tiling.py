@@ -1,4 +1,4 @@
-"""Tiles find what the whole image shows."""
+"""Tiled detection finds the same objects as detection in the whole image."""
 import itertools
 
 import pytest
@@ -62,7 +62,7 @@ def test_every_object_is_found_once_and_whole():
 
 
 class LocalFeatures(nn.Module):
-    """A pyramid of pooled colours: a feature depends on its own cell alone."""
+    """A pyramid of pooled colours: a feature depends only on its own cell."""
 
     out_channels = 32
 
@@ -97,7 +97,7 @@ def local_detector():
 
 
 def away_from_seams(found):
-    """Detections whose centre no rounding can move over the border of a core, in an order of their own."""
+    """Detections whose centre no rounding can move over the border of a core, in a well-defined order."""
     boxes = found['boxes']
     x, y = (boxes[:, :2] + boxes[:, 2:]).div(2).unbind(1)
     keep = ((x - 448).abs() > 1) & ((x - 640).abs() > 1) & ((y - 384).abs() > 1)

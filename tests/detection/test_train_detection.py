@@ -1,4 +1,4 @@
-"""The real script on small images: what it leaves, how it goes on, what it refuses."""
+"""The real script on small images: its files, its resume and its errors."""
 import json
 import os
 import signal

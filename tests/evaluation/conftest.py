@@ -54,7 +54,7 @@ def make_folder(photographs):
 
 @pytest.fixture
 def options(weights) -> list[str]:
-    """How EfficientNet-Lite0 wants its images."""
+    """Input settings of EfficientNet-Lite0."""
     return ['--model', 'tf_efficientnet_lite0', '--checkpoint', str(weights), '--mean', '.5', '.5', '.5',
             '--std', '.5', '.5', '.5', '--crop-pct', '.875', '--interpolation', 'bicubic', '--workers', '0',
             '--device', 'cpu', '--batch-size', '6']

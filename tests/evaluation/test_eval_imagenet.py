@@ -159,7 +159,7 @@ def test_two_processes_give_the_figures_of_one(options, make_folder, tmp_path):
     (['--data-dir', 'nowhere'], '--data-dir nowhere does not exist'),
     (['--data-dir', '.', '--checkpont', 'x'], "unknown argument --checkpont; did you mean '--checkpoint'"),
     (['--data-dir', '.', '--pretrained'], 'pass either --checkpoint or --pretrained'),
-    (['--data-dir', '.', '--results-file', 'r.txt'], r'--results-file r.txt: the ending must be one of \.json'),
+    (['--data-dir', '.', '--results-file', 'r.txt'], r'--results-file r.txt: the suffix must be one of \.json'),
     (['--data-dir', '.', '--results-file', 'nowhere/r.md'], 'its folder does not exist'),
     (['--data-dir', '.', '--num-classes', '10', '--variant', 'a'], '--variant a is for models of 1000 classes'),
     (['--data-dir', '.', '--model', 'vil_ls_tinny'], "unknown model 'vil_ls_tinny'; did you mean 'vil_ls_tiny'"),

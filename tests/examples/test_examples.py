@@ -1,4 +1,4 @@
-"""Every example does what it says, on a small model, and from the command line."""
+"""Every example runs as documented, on a small model and from the command line."""
 import os
 import subprocess
 import sys

@@ -50,6 +50,6 @@ def config(tmp_path: Path, image_folder: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pictures take most of a tiny run's time; tests that are about them are marked by their name."""
+    """Pictures take most of a tiny run's time; only tests with 'picture' or 'end_to_end' in their name draw them."""
     if 'picture' not in request.node.name and 'end_to_end' not in request.node.name:
         monkeypatch.setattr(pictures, 'is_available', lambda: False)

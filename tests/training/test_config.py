@@ -1,4 +1,4 @@
-"""Arguments: file, command line, and what is wrong with them."""
+"""Arguments: config file, command line, and errors in them."""
 from pathlib import Path
 
 import pytest

@@ -1,4 +1,4 @@
-"""Logs of a resumed run go on at its checkpoint."""
+"""Logs of a resumed run continue at its checkpoint."""
 import json
 
 import pytest

@@ -39,11 +39,9 @@ def test_every_published_model_has_its_recipe():
 
 
 @pytest.mark.parametrize('name', RECIPES)
-def test_head_names_command_hardware_time_and_result(name):
+def test_head_names_the_command(name):
     head = (CONFIGS / f'{name}.yaml').read_text().split('\n\n')[0]
-    assert f'train_imagenet.py --config configs/{name}.yaml' in head.replace(' \\\n#       ', ' ')
-    for word in ('# Hardware', '# Time', '# Result'):
-        assert word in head
+    assert f'train_imagenet.py --config configs/{name}.yaml' in head
 
 
 @pytest.mark.parametrize('name', FROM_SCRATCH)

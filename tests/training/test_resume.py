@@ -1,4 +1,4 @@
-"""Runs that are stopped and resumed end where an unbroken run does, to the last bit."""
+"""A run that is stopped and resumed gives the same bits as an uninterrupted one."""
 import contextlib
 import os
 import random
@@ -97,7 +97,7 @@ def count_rows(path: Path) -> int:
 
 
 def descendants(number: int) -> list[int]:
-    """A process and all that came from it, as Linux and macOS list them."""
+    """A process and all its descendants, on Linux and macOS."""
     listing = subprocess.run(['ps', '-A', '-o', 'pid=,ppid='], capture_output=True, text=True, check=True).stdout
     parents = [tuple(map(int, line.split())) for line in listing.splitlines()]
     found = [number]

@@ -1,4 +1,4 @@
-"""What a run does with many processes, other number formats, other sources of images, and when things go wrong."""
+"""Runs with several processes, other number formats and other sources of images, and their errors."""
 import csv
 import math
 import os
@@ -67,7 +67,7 @@ def test_compiled_model_is_trained_and_saved_under_plain_names(config):
 
 
 def test_losses_that_are_not_finite_are_skipped_and_nothing_broken_is_saved(config, tmp_path, capsys):
-    """At this rate the first update throws the weights so far that no later loss is finite."""
+    """At this learning rate no loss after the first update is finite."""
     options = ['--lr', '1e30', '--opt', 'sgd', '--epochs', 4]
     run(config, *options)
     rows = summary(tmp_path / 'output' / 'run')
@@ -141,7 +141,7 @@ def test_two_processes_share_the_work_and_one_speaks(config, image_folder):
     assert result.stdout.count('epoch 1/2') == 1
     folder = Path(result.stdout.split('Everything is in ')[1].strip())
     found = float(summary(folder)[-1]['eval_top1'])
-    alone = run(config, *options, '--resume', 'auto')  # nothing is left to train
+    alone = run(config, *options, '--resume', 'auto')  # all epochs are done
     assert alone['top1'] == found and alone['images'] == 8
 
 

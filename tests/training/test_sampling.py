@@ -1,4 +1,4 @@
-"""Samples and their randomness depend on their place in the run alone."""
+"""Samples and their randomness depend only on their position in the run."""
 import random
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""Files that cannot be read are counted exactly; odd ones that can be are read."""
+"""Unreadable files are counted exactly; unusual but valid files are read."""
 import io
 import json
 import warnings

@@ -1,4 +1,4 @@
-"""What several tests here need: image files, and a file that nobody should load."""
+"""Helpers of several tests: image files, a malicious pickle, and delayed signals."""
 import os
 import signal
 import threading
@@ -22,7 +22,7 @@ def write_images(folder: Path, count: int, seed: int = 0) -> None:
 
 
 class Gadget:
-    """What an attacker pickles: loading it would run a command."""
+    """A malicious pickle: loading it would run a command."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -32,7 +32,7 @@ class Gadget:
 
 
 def signal_when(path: Path, num_lines: int, number: signal.Signals) -> None:
-    """Send this process a signal as soon as a log has so many lines."""
+    """Send this process a signal as soon as a log has `num_lines` lines."""
     def wait() -> None:
         while not path.exists() or path.read_text().count('\n') < num_lines:
             time.sleep(.001)
