@@ -5,10 +5,10 @@
     python eval_imagenet.py --model vil_ls_medium --pretrained --data-dir imagenet-a --variant a --results-file a.json
     python eval_imagenet.py --model vil_ls_medium_384 --checkpoint last.pth.tar --data-dir imagenet-c --variant c
     python eval_imagenet.py --model vil_ls_tiny --num-classes 10 --checkpoint last.pth.tar --data-dir mine/val
-    torchrun --nproc_per_node 8 eval_imagenet.py ...        # the same figures, to the last digit
+    torchrun --nproc_per_node 8 eval_imagenet.py ...        # exactly the same metrics
 
-Prints top-1 and top-5 with the number of images behind them as a Markdown row, and writes them to the files that
-`--results-file` names, as JSON, CSV or Markdown by their endings. An image that cannot be read counts as wrong.
+Prints top-1, top-5 and the number of images as a Markdown row, and writes them to the files that `--results-file`
+names, as JSON, CSV or Markdown by their suffixes. An unreadable image counts as wrong.
 """
 import argparse
 import csv
@@ -28,30 +28,32 @@ from timm.data import create_dataset, resolve_input_data_config
 from timm.utils import ParseKwargs
 from torch import nn
 
+from ls_vision.data.folders import SPLIT_FOLDERS, class_to_idx
 from ls_vision.data.images import StrictImageDataset
 from ls_vision.evaluation import imagenet
+from ls_vision.evaluation.classifier import create_classifier
+from ls_vision.evaluation.loader import create_eval_loader
 from ls_vision.evaluation.predictions import Predictions, accuracy, predict
-from ls_vision.training.checkpoint import atomic_write, load_weights
-from ls_vision.training.config import check_device, parse_strictly
-from ls_vision.training.distributed import Processes
-from ls_vision.training.engine import autocast
-from ls_vision.training.errors import UserError, first_line
-from ls_vision.training.loaders import SPLIT_FOLDERS, class_to_idx, create_eval_loader
-from ls_vision.training.logs import say
-from ls_vision.training.models import create_model
-from ls_vision.training.run import run_script
+from ls_vision.models._checkpoint import load_weights
+from ls_vision.runtime.arguments import parse_strictly
+from ls_vision.runtime.devices import autocast, check_device
+from ls_vision.runtime.errors import UserError, first_line
+from ls_vision.runtime.files import write_text
+from ls_vision.runtime.logs import say
+from ls_vision.runtime.processes import Processes
+from ls_vision.runtime.scripts import run_script
 
 SUFFIXES = ('.json', '.csv', '.md')
 COLUMNS = ('model', 'variant', 'img_size', 'top1', 'top5', 'mce', 'images', 'unreadable')
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Evaluate, print and write; returns the figures."""
-    return run_script(parse_args, run, argv)
+    """Evaluate, print and write; returns the metrics."""
+    return run_script(parse_args, evaluate, argv)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """timm's names; checked."""
+    """Parse and check the arguments, which have timm's names."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
@@ -62,7 +64,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add('--model', default='vil_ls_tiny', help='timm model name (%(default)s)')
     add('--model-kwargs', nargs='*', default={}, action=ParseKwargs, help='constructor arguments, k=v')
     add('--num-classes', type=int, default=imagenet.NUM_CLASSES, help="the model's classes (%(default)s)")
-    add('--checkpoint', default='', metavar='PATH', help='weight file; averaged weights where it has them')
+    add('--checkpoint', default='', metavar='PATH', help='weight file; its averaged weights where it has them')
     add('--pretrained', action='store_true', help='evaluate the published weights')
     add('--img-size', type=int, help="image size; the model's own if not set")
     add('--crop-pct', type=float, help="crop / resize ratio; the model's own if not set, as the three below")
@@ -82,7 +84,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Refuse what would only fail, or mislead, after work has been done."""
+    """Refuse values that would fail, or mislead, only after the evaluation."""
     if not args.data_dir and not args.dataset:
         raise UserError('no data: pass --data-dir (a folder with one sub-folder per class)')
     if args.data_dir and not Path(args.data_dir).exists():
@@ -96,15 +98,15 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError(f'--variant {args.variant} is for models of 1000 classes, not --num-classes {args.num_classes}')
     for path in args.results_file:
         if Path(path).suffix not in SUFFIXES:
-            raise UserError(f'--results-file {path}: the ending must be one of {", ".join(SUFFIXES)}')
+            raise UserError(f'--results-file {path}: the suffix must be one of {", ".join(SUFFIXES)}')
         if not Path(path).parent.is_dir():
             raise UserError(f'--results-file {path}: its folder does not exist')
     check_device(args.device)
 
 
-def run(args: argparse.Namespace, processes: Processes) -> dict[str, Any]:
+def evaluate(args: argparse.Namespace, processes: Processes) -> dict[str, Any]:
     """The whole job for checked arguments."""
-    model = create_model(args, args.num_classes)
+    model = create_classifier(args, args.num_classes)
     if args.checkpoint:
         load_weights(model, args.checkpoint)
     model.to(processes.device)
@@ -112,13 +114,13 @@ def run(args: argparse.Namespace, processes: Processes) -> dict[str, Any]:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     data_config = resolve_input_data_config(model, args=vars(args))
 
-    evaluate = partial(evaluate_folder, args, processes, model, data_config)
+    evaluate_on = partial(evaluate_folder, args, processes, model, data_config)
     if args.variant == 'c':
-        figures = evaluate_corruptions(Path(args.data_dir), evaluate)
+        metrics = evaluate_corruptions(Path(args.data_dir), evaluate_on)
     else:
-        figures, _ = evaluate(find_classes(args), title=args.variant)
+        metrics, _ = evaluate_on(find_classes(args), title=args.variant)
     result = dict(
-        model=args.model, variant=args.variant, img_size=data_config['input_size'][-1], **figures,
+        model=args.model, variant=args.variant, img_size=data_config['input_size'][-1], **metrics,
         checkpoint=args.checkpoint or None, crop_pct=data_config['crop_pct'],
         interpolation=data_config['interpolation'], parameters=sum(p.numel() for p in model.parameters()))
     report(result, args.results_file, processes)
@@ -141,12 +143,12 @@ def evaluate_folder(
         folder: Path | None,
         title: str,
 ) -> tuple[dict[str, float], Predictions]:
-    """Figures of one set of images, and the predictions behind them."""
+    """Metrics of one set of images, and its predictions."""
     classes = imagenet.subset(args.variant)
     dataset = open_dataset(args, folder, classes)
     loader = create_eval_loader(dataset, args.batch_size, args.workers, data_config, processes)
     predictions = predict(
-        model, loader, processes, classes, partial(autocast, args, processes.device), title=title)
+        model, loader, processes, classes, partial(autocast, processes.device, args.amp, args.amp_dtype), title=title)
     if args.variant == 'real':
         return imagenet.real_accuracy(
             predictions, (dataset.filename(i, basename=True) for i in range(len(dataset)))), predictions
@@ -154,7 +156,7 @@ def evaluate_folder(
 
 
 def open_dataset(args: argparse.Namespace, folder: Path | None, classes: torch.Tensor | None) -> Any:
-    """The images, with targets that number the model's classes or, where these are fewer, the variant's."""
+    """The images, with targets among the model's classes or, for a variant with fewer, among its classes."""
     try:
         if folder is None:
             return create_dataset(args.dataset, root=args.data_dir, split=args.split, batch_size=args.batch_size)
@@ -166,24 +168,24 @@ def open_dataset(args: argparse.Namespace, folder: Path | None, classes: torch.T
         raise UserError(f'{folder or args.dataset}: {first_line(e)}') from e
 
 
-def evaluate_corruptions(root: Path, evaluate: Any) -> dict[str, Any]:
-    """ImageNet-C: mean corruption error, and accuracy over all images of all corruptions."""
-    figures = {}
+def evaluate_corruptions(root: Path, evaluate_on: Any) -> dict[str, Any]:
+    """ImageNet-C: mean corruption error, and accuracy over the images of all corruptions."""
+    metrics = {}
     for (corruption, severity), folder in imagenet.corruption_folders(root).items():
         title = f'{corruption} {severity}'
-        figures[corruption, severity], _ = evaluate(folder, title=title)
-        say(f'{title}: top-1 {figures[corruption, severity]["top1"]:.2f} %')
-    errors = imagenet.mean_corruption_error({key: found['top1'] for key, found in figures.items()})
-    images = sum(found['images'] for found in figures.values())
+        metrics[corruption, severity], _ = evaluate_on(folder, title=title)
+        say(f'{title}: top-1 {metrics[corruption, severity]["top1"]:.2f} %')
+    errors = imagenet.mean_corruption_error({key: found['top1'] for key, found in metrics.items()})
+    images = sum(found['images'] for found in metrics.values())
     means = {
-        name: sum(found[name] * found['images'] for found in figures.values()) / images for name in ('top1', 'top5')}
+        name: sum(found[name] * found['images'] for found in metrics.values()) / images for name in ('top1', 'top5')}
     return dict(
         **means, mce=errors.pop('mce'), images=images,
-        unreadable=sum(found['unreadable'] for found in figures.values()), corruption_errors=errors)
+        unreadable=sum(found['unreadable'] for found in metrics.values()), corruption_errors=errors)
 
 
 def report(result: dict[str, Any], paths: list[str], processes: Processes) -> None:
-    """Print the figures and write the files."""
+    """Print the metrics and write the files."""
     row = {name: result[name] for name in COLUMNS if name in result}
     text = {'.json': json.dumps(result, indent=1) + '\n', '.csv': csv_text(row), '.md': markdown(row)}
     say(text['.md'].rstrip())
@@ -191,8 +193,7 @@ def report(result: dict[str, Any], paths: list[str], processes: Processes) -> No
         say(f'{result["unreadable"]:,} of {result["images"]:,} images could not be read; they count as wrong')
     if processes.is_primary:
         for path in map(Path, paths):
-            content = text[path.suffix].encode()
-            atomic_write(path, lambda file: file.write(content))  # noqa: B023  written at once
+            write_text(path, text[path.suffix])
 
 
 def csv_text(row: dict[str, Any]) -> str:

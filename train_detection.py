@@ -5,10 +5,10 @@
     python train_detection.py --config configs/detection/deepforest.yaml --epochs 2 --experiment short
     torchrun --nproc_per_node 8 train_detection.py --config configs/detection/coco_retinanet_1x.yaml
 
-All annotations are checked before anything is trained. One folder, `output/experiment`, takes everything that a run
-leaves: last.pth.tar and model_best.pth.tar, args.yaml, summary.csv (a row per epoch), metrics.jsonl, and in pictures/
-what was found in each evaluated image beside what is there. `--resume auto` goes on where a run was stopped or killed,
-to the last bit (on the CPU) as if it had not been.
+All annotations are checked before training. All files of a run are in one folder, `output/experiment`: last.pth.tar
+and model_best.pth.tar, args.yaml, summary.csv (a row per epoch), metrics.jsonl, and in pictures/ the detections in each
+evaluated image, compared with the ground truth. `--resume auto` resumes a run that was stopped or killed; on the CPU
+the result is bit-identical to that of an uninterrupted run.
 """
 import argparse
 import os
@@ -33,24 +33,26 @@ from ls_vision.detection.datasets import DetectionDataset
 from ls_vision.detection.engine import DetectionLoader, DetectionTask, find_objects, score
 from ls_vision.detection.pictures import draw_detections
 from ls_vision.detection.transforms import create_train_transform
-from ls_vision.training import randomness
-from ls_vision.training.checkpoint import BEST, LAST, load_checkpoint, load_weights
+from ls_vision.models._checkpoint import load_weights
+from ls_vision.runtime import randomness
+from ls_vision.runtime.errors import UserError, first_line
+from ls_vision.runtime.logs import Stopwatch, say
+from ls_vision.runtime.processes import Processes
+from ls_vision.runtime.scripts import run_script
+from ls_vision.training.checkpoint import BEST, LAST
 from ls_vision.training.config import resolve_lr
-from ls_vision.training.distributed import Processes
-from ls_vision.training.errors import UserError, first_line
 from ls_vision.training.faults import FiniteGuard
 from ls_vision.training.loaders import measure_loader
-from ls_vision.training.logs import Stopwatch, say
-from ls_vision.training.run import TrainingRun, run_script
 from ls_vision.training.state import TrainingState
+from ls_vision.training.training_run import TrainingRun
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Train, evaluate and draw; returns the final figures and the output folder."""
-    return run_script(parse_args, run, argv)
+    """Train, evaluate and draw; returns the final metrics and the output folder."""
+    return run_script(parse_args, train, argv)
 
 
-def run(args: argparse.Namespace, processes: Processes) -> dict[str, Any]:
+def train(args: argparse.Namespace, processes: Processes) -> dict[str, Any]:
     """The whole job for checked arguments."""
     watch = Stopwatch()
     randomness.prepare(args.seed, processes.rank, args.deterministic)
@@ -63,8 +65,8 @@ def run(args: argparse.Namespace, processes: Processes) -> dict[str, Any]:
     state = build_state(args, model, processes, updates_per_epoch=-(-len(loader) // args.grad_accum_steps))
     output = Path(args.output or 'output/detection') / (
         args.experiment or f'{time.strftime("%Y%m%d-%H%M%S")}-{args.detector}-{args.model}')
-    job = TrainingRun(args, state, loader, output, watch)
-    job.resume()
+    run = TrainingRun(args, state, loader, output, watch)
+    run.resume()
 
     parameters = sum(p.numel() for p in model.parameters())
     names = train_set.class_names
@@ -72,12 +74,12 @@ def run(args: argparse.Namespace, processes: Processes) -> dict[str, Any]:
         f'{", ".join(names[:10])}{", ..." if len(names) > 10 else ""}')
     say(f'{len(train_set.images):,} training images with {train_set.num_objects:,} objects, {len(val_set.images):,} '
         f'with {val_set.num_objects:,} for evaluation; writing to {output}')
-    job.train(lambda stop: evaluate(args, state, val_set), describe)
+    run.train(lambda stop: evaluate(args, state, val_set), describe)
     return finish(args, state, val_set, output, watch)
 
 
 def read_sets(args: argparse.Namespace) -> tuple[Annotations, Annotations]:
-    """Both sets, every record of them checked; problems of both are reported together."""
+    """Read and check both sets; problems of both are reported together."""
     train_set = read_annotations(args.train_annotations, args.train_images, skip_bad=True)
     val_set = read_annotations(
         args.val_annotations, args.val_images, class_names=train_set.class_names, skip_bad=True)
@@ -92,7 +94,7 @@ def read_sets(args: argparse.Namespace) -> tuple[Annotations, Annotations]:
 
 
 def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
-    """The detector and the weights it starts from."""
+    """The detector with its initial weights."""
     try:
         model = build_detector(
             args.detector, args.model, num_classes, args.strides, args.out_channels, args.trainable_stages,
@@ -102,26 +104,11 @@ def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
     except (TypeError, ValueError, RuntimeError) as e:
         raise UserError(f'{args.detector} on {args.model} cannot be built: {first_line(e)}') from e
     if args.initial_backbone:
-        load_backbone(model, args.initial_backbone)
+        # a classifier's checkpoint, whose head and last norm are not needed
+        load_weights(model.backbone.body.model, args.initial_backbone, ignore_unused=True)  # type: ignore[union-attr, arg-type]
     if args.initial_checkpoint:
         load_weights(model, args.initial_checkpoint)
     return model
-
-
-def load_backbone(model: nn.Module, path: str) -> None:
-    """Start the backbone from a classifier's checkpoint, of which head and last norm are not needed."""
-    body: Any = model.backbone.body.model  # type: ignore[union-attr]
-    checkpoint = load_checkpoint(path)
-    weights = next((checkpoint[key] for key in ('state_dict_ema', 'state_dict') if key in checkpoint), checkpoint)
-    if hasattr(body, 'filter_state_dict'):
-        weights = body.filter_state_dict(weights)
-    wanted = body.state_dict()
-    missing = [name for name, value in wanted.items() if name not in weights or weights[name].shape != value.shape]
-    if missing:
-        raise UserError(
-            f'--initial-backbone {path} does not fit: {len(missing)} of {len(wanted)} weights are missing or of '
-            f'another shape, e.g. {", ".join(missing[:3])}')
-    body.load_state_dict({name: weights[name] for name in wanted})
 
 
 def create_loader(args: argparse.Namespace, train_set: Annotations, processes: Processes) -> DetectionLoader:
@@ -142,12 +129,12 @@ def build_state(
         processes: Processes,
         updates_per_epoch: int,
 ) -> TrainingState:
-    """Averaged weights if asked for, optimiser and schedule for a model."""
+    """Averaged weights if enabled, optimiser and schedule for a model."""
     task = DetectionTask(model, processes.device)
     if args.model_ema:
         task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
     settings = {**optimizer_kwargs(args), **args.opt_kwargs}
-    settings.pop('layer_decay', None)  # applied by the groups
+    settings.pop('layer_decay', None)  # the parameter groups apply it
     try:
         groups = parameter_groups(model, args.weight_decay, args.layer_decay)
         optimizer = create_optimizer_v2(groups, **settings)
@@ -163,9 +150,9 @@ def build_state(
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float | None) -> list[dict[str, Any]]:
-    """The backbone's parameters, layer by layer if its learning rate is to decay, and all others; none that is frozen.
+    """Groups of the parameters that are trained: the backbone's, by layer with `layer_decay`, and all others.
 
-    Norms, biases and what the backbone names are not decayed.
+    Weight decay is 0 for norms, biases and the parameters that the backbone excludes.
     """
     body: Any = model.backbone.body.model  # type: ignore[union-attr]
     unwanted = body.no_weight_decay() if hasattr(body, 'no_weight_decay') else ()
@@ -179,7 +166,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float |
 
 
 def evaluate(args: argparse.Namespace, state: TrainingState, val_set: Annotations) -> dict[str, float]:
-    """COCO's metrics of the averaged weights, or of the model where there is no average; of no epoch in between."""
+    """COCO's metrics of the averaged weights, or of the model without an average; empty between evaluations."""
     epoch, task = state.progress.epoch + 1, state.task
     if epoch < state.num_epochs and epoch % args.eval_interval:
         return {}
@@ -188,7 +175,7 @@ def evaluate(args: argparse.Namespace, state: TrainingState, val_set: Annotation
 
 
 def describe(metrics: dict[str, float]) -> str:
-    """An epoch's figures in words."""
+    """The metrics of an epoch as text."""
     return ', '.join(f'{name} {metrics[name]:.4f}' for name in ('AP', 'AP50', 'AR'))
 
 
@@ -199,8 +186,8 @@ def finish(
         output: Path,
         watch: Stopwatch,
 ) -> dict[str, Any]:
-    """Evaluate the best file that the run leaves, and draw what it finds."""
-    state.processes.gather(None)  # the first one has written it
+    """Evaluate the best checkpoint of the run, and draw its detections."""
+    state.processes.gather(None)  # wait until the first process has written it
     path = output / (BEST if (output / BEST).exists() else LAST)
     load_weights(unwrap_model(state.eval_model), path)
     with watch.measure('evaluation'):
@@ -212,8 +199,8 @@ def finish(
             for image in val_set.images:
                 picture = output / 'pictures' / f'{image.path.stem}.png'
                 draw_detections(image, found[image.image_id], picture, args.picture_score)
-    figures = ', '.join(f'{name} {metrics[name]:.4f}' for name in ('AP', 'AP50', 'AP75', 'AR'))
-    say(f'{figures} at {args.max_dets} detections in each of {len(val_set.images):,} images ({path})')
+    summary = ', '.join(f'{name} {metrics[name]:.4f}' for name in ('AP', 'AP50', 'AP75', 'AR'))
+    say(f'{summary} at {args.max_dets} detections in each of {len(val_set.images):,} images ({path})')
     say(f'Finished in {watch}. Everything is in {output}')
     return {**metrics, 'output': output}
 

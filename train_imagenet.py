@@ -6,12 +6,12 @@
     torchrun --nproc_per_node 8 train_imagenet.py --config configs/vil_ls_medium_224.yaml --data-dir imagenet
     torchrun --nnodes 8 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint host:29400 train_imagenet.py ...
 
-Arguments carry timm's names, in the YAML file and on the command line, which wins. One folder, `output/experiment`,
-takes everything that a run leaves: last.pth.tar, the one before it and model_best.pth.tar, args.yaml, summary.csv (a
+Arguments have timm's names, in the YAML file and on the command line, which wins. All files of a run are in one
+folder, `output/experiment`: last.pth.tar, the checkpoint before it and model_best.pth.tar, args.yaml, summary.csv (a
 row per epoch), metrics.jsonl (a line per logged update and epoch), learning_curve.png, predictions.png, attention.png.
 
-SIGTERM and Ctrl-C save and exit. `--experiment NAME --resume auto` starts a run or goes on with it; on a CPU the
-result equals that of an unbroken run to the last bit.
+SIGTERM and Ctrl-C save and exit. `--experiment NAME --resume auto` starts a run or resumes it; on a CPU the result is
+bit-identical to that of an uninterrupted run.
 """
 import argparse
 import os
@@ -20,9 +20,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# Read once, when torch is loaded: idle compute threads soon sleep instead of spinning on. Where the loader's processes,
-# or anyone else's, share the few cores of a small machine, spinning made training up to ten times slower; sleeping at
-# once made models of many small operations twice as slow. The count is GNU's: 1,000 turns are microseconds.
+# OpenMP reads these when torch is loaded: idle compute threads spin for microseconds (1,000 turns), then sleep. Endless
+# spinning made training up to ten times slower where loader processes share the few cores of a small machine. Sleeping
+# at once made models with many small operations twice as slow.
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
 os.environ.setdefault('GOMP_SPINCOUNT', '1000')
 
@@ -36,12 +36,16 @@ from timm.task import ClassificationTask
 from torch import nn
 
 from ls_vision.analysis import pictures
-from ls_vision.training import randomness
-from ls_vision.training.checkpoint import LAST, load_weights
+from ls_vision.evaluation.classifier import create_classifier
+from ls_vision.models._checkpoint import load_weights
+from ls_vision.runtime import randomness
+from ls_vision.runtime.errors import UserError, first_line
+from ls_vision.runtime.logs import Stopwatch, say
+from ls_vision.runtime.processes import Processes
+from ls_vision.runtime.scripts import run_script
+from ls_vision.training.checkpoint import LAST
 from ls_vision.training.config import parse_args, resolve_lr
-from ls_vision.training.distributed import Processes
 from ls_vision.training.engine import evaluate
-from ls_vision.training.errors import UserError, first_line
 from ls_vision.training.faults import FiniteGuard
 from ls_vision.training.loaders import (
     Datasets,
@@ -51,18 +55,16 @@ from ls_vision.training.loaders import (
     resolve_num_classes,
     uses_mixup,
 )
-from ls_vision.training.logs import Stopwatch, say
-from ls_vision.training.models import create_model
-from ls_vision.training.run import TrainingRun, run_script
 from ls_vision.training.state import TrainingState
+from ls_vision.training.training_run import TrainingRun
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Train, evaluate and draw; returns the final figures and the output folder."""
-    return run_script(parse_args, run, argv)
+    """Train, evaluate and draw; returns the final metrics and the output folder."""
+    return run_script(parse_args, train, argv)
 
 
-def run(args: argparse.Namespace, processes: Processes) -> dict[str, Any]:
+def train(args: argparse.Namespace, processes: Processes) -> dict[str, Any]:
     """The whole job for checked arguments."""
     watch = Stopwatch()
     randomness.prepare(args.seed, processes.rank, args.deterministic)
@@ -82,14 +84,14 @@ def run(args: argparse.Namespace, processes: Processes) -> dict[str, Any]:
     updates_per_epoch = -(-len(train_loader) // args.grad_accum_steps)
     state = build_state(args, model, updates_per_epoch, processes)
     output = output_folder(args, data_config)
-    job = TrainingRun(args, state, train_loader, output, watch)
-    job.resume()
+    run = TrainingRun(args, state, train_loader, output, watch)
+    run.resume()
     say(f'{len(datasets.train):,} training and {len(datasets.val):,} test images; writing to {output}')
     images_at_once = args.batch_size * args.grad_accum_steps * processes.world_size
     say(f'Updates of {images_at_once} images, peak learning rate {args.lr:g}')
     if not pictures.is_available():
         say(f'No pictures will be drawn: {pictures.INSTALL_HINT}')
-    job.train(lambda stop: evaluate(state, val_loader, args, stop), describe)
+    run.train(lambda stop: evaluate(state, val_loader, args, stop), describe)
 
     result = state.progress.metrics
     if pictures.is_available() and processes.is_primary:
@@ -102,8 +104,8 @@ def run(args: argparse.Namespace, processes: Processes) -> dict[str, Any]:
 
 
 def build_model(args: argparse.Namespace, num_classes: int, processes: Processes) -> nn.Module:
-    """The model, with the weights it starts from."""
-    model = create_model(args, num_classes, drop_rate=args.drop, drop_path_rate=args.drop_path)
+    """The model with its initial weights."""
+    model = create_classifier(args, num_classes, drop_rate=args.drop, drop_path_rate=args.drop_path)
     if args.grad_checkpointing:
         model.set_grad_checkpointing(enable=True)  # type: ignore[operator]
     if args.initial_checkpoint or args.pretrained_path:
@@ -112,7 +114,7 @@ def build_model(args: argparse.Namespace, num_classes: int, processes: Processes
     if args.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if args.sync_bn and processes.device.type == 'cpu':
-        raise UserError('--sync-bn: torch has it for GPUs only')
+        raise UserError('--sync-bn: torch supports it on GPUs only')
     return convert_sync_batchnorm(model) if args.sync_bn and processes.world_size > 1 else model
 
 
@@ -122,7 +124,7 @@ def build_state(
         updates_per_epoch: int,
         processes: Processes,
 ) -> TrainingState:
-    """Criterion, averaged weights if asked for, optimiser and schedule for a model."""
+    """Criterion, averaged weights if enabled, optimiser and schedule for a model."""
     task = ClassificationTask(
         model,
         criterion_kwargs=dict(smoothing=args.smoothing, soft_targets=uses_mixup(args)),
@@ -157,7 +159,7 @@ def output_folder(args: argparse.Namespace, data_config: dict[str, Any]) -> Path
 
 
 def describe(metrics: dict[str, float]) -> str:
-    """An epoch's test figures in words."""
+    """The test metrics of an epoch as text."""
     text = f'test loss {metrics["loss"]:.4f}, top-1 {metrics["top1"]:.2f} %'
     if metrics['unreadable']:
         text += f', {metrics["unreadable"]} test images unreadable, counted as wrong'
@@ -171,7 +173,7 @@ def draw_pictures(
         data_config: dict[str, Any],
         output: Path,
 ) -> None:
-    """Learning curve, predictions on test images, and what the attention looks at."""
+    """Draw the learning curve, predictions on test images, and attention maps."""
     pictures.draw_learning_curve(output / 'summary.csv', output / 'learning_curve.png')
     samples = pictures.pick_samples(datasets.val, count=24, seed=args.seed)
     if samples is None:

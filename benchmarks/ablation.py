@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""What each part of long-short attention is worth on real images: CIFAR-10 at matched parameters and steps.
+"""Ablation of long-short attention on real images: CIFAR-10 at matched parameters and steps.
 
     python -m ls_vision.data.cifar10 --data-dir data/cifar10
-    python benchmarks/ablation.py                   # every variant and seed; may be stopped and started again
-    python benchmarks/ablation.py --report          # table and plots of what has been trained so far
+    python benchmarks/ablation.py                   # every variant and seed; can be interrupted and resumed
+    python benchmarks/ablation.py --report          # table and plots of the finished runs
 
 Variants of one small ViL-LS: long-short; window only; long-range only (no window); without DualLN; full attention; and
-a fixed projection (Linformer's: learned, but the same for every image) in place of the dynamic one. The width of the
-MLPs makes up for parameters that a variant lacks. Each run leaves a file in --runs, so no work is done twice; the
-report goes to --out, means over seeds with their standard deviation, whichever way they point.
+a fixed projection (as in Linformer: learned, but the same for every image) instead of the dynamic one. The MLPs are
+wider where a variant lacks parameters. Each run writes a file in --runs, so a finished run is not repeated. The report
+in --out has means over seeds with their standard deviation.
 """
 import argparse
 import datetime
@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault('OMP_WAIT_POLICY', 'passive')  # idle threads sleep; the machine may be shared
+os.environ.setdefault('OMP_WAIT_POLICY', 'passive')  # idle threads sleep, because the machine may be shared
 
 import numpy as np
 import torch
@@ -32,9 +32,9 @@ from torchvision.datasets import ImageFolder
 
 from ls_vision.analysis.measure import describe_machine, write
 from ls_vision.models import LongShortViL
-from ls_vision.training.checkpoint import atomic_write
-from ls_vision.training.errors import UserError
-from ls_vision.training.logs import Progress, say
+from ls_vision.runtime.errors import UserError
+from ls_vision.runtime.files import write_text
+from ls_vision.runtime.logs import ProgressBar, say
 
 GRID, DEPTH, DIM, HEADS, WINDOW, RANK = 8, 4, 32, 2, 2, 8
 MODEL: dict[str, Any] = dict(
@@ -57,7 +57,7 @@ MEAN, STD = torch.tensor([.4914, .4822, .4465]), torch.tensor([.2470, .2435, .26
 
 
 class FixedProjection(nn.Module):
-    """Linformer's projection in the dynamic one's place: (h, r, N) learned weights that no image changes."""
+    """Linformer's projection instead of the dynamic one: (h, r, N) learned weights, the same for every image."""
 
     def __init__(self, num_heads: int, rank: int, num_tokens: int):
         super().__init__()
@@ -93,7 +93,7 @@ def load_split(folder: Path) -> tuple[Tensor, Tensor]:
         raise UserError(f'{folder} does not exist: python -m ls_vision.data.cifar10 --data-dir {folder.parent}')
     dataset = ImageFolder(str(folder))
     pixels = np.empty((len(dataset), 32, 32, 3), dtype=np.uint8)
-    with Progress(f'reading {folder}', len(dataset)) as progress:
+    with ProgressBar(f'reading {folder}', len(dataset)) as progress:
         for i in range(len(dataset)):
             pixels[i] = dataset[i][0]
             progress.update()
@@ -103,7 +103,7 @@ def load_split(folder: Path) -> tuple[Tensor, Tensor]:
 def prepare(pixels: Tensor, shift: tuple[int, int, float] = (0, 0, 1.)) -> Tensor:
     """Bytes (B, 3, 32, 32) to normalised images, their content moved, with two channels of coordinates: (B, 5, 32, 32).
 
-    Only windows and full attention could carry a position bias; by coordinates every variant knows positions alike.
+    Only windows and full attention support a position bias; with coordinates every variant knows positions equally.
     """
     images = move((pixels.float() / 255 - MEAN.view(3, 1, 1)) / STD.view(3, 1, 1), *shift)
     line = torch.linspace(-1, 1, 32)
@@ -129,7 +129,7 @@ def train(model: nn.Module, data: dict[str, Any], args: argparse.Namespace, seed
         optimizer, args.steps, warmup_t=args.steps // 10, warmup_lr_init=1e-5, warmup_prefix=True, t_in_epochs=False)
     order = torch.empty(0, dtype=torch.long)
     curve = []
-    with Progress(title, args.steps, log_interval=200) as progress:
+    with ProgressBar(title, args.steps, log_interval=200) as progress:
         for step in range(1, args.steps + 1):
             schedule.step_update(step - 1)
             if len(order) < args.batch_size:
@@ -157,7 +157,7 @@ def accuracy(model: nn.Module, images: Tensor, targets: Tensor, shift: tuple[int
 
 
 def move(images: Tensor, right: int, down: int, scale: float) -> Tensor:
-    """Shift by pixels and scale about the centre; what comes in from outside repeats the border."""
+    """Shift by pixels and scale about the centre; pixels from outside repeat the border."""
     if (right, down, scale) == (0, 0, 1.):
         return images
     theta = torch.tensor([[1 / scale, 0, -right / 16], [0, 1 / scale, -down / 16]])
@@ -182,8 +182,8 @@ def similarity_per_layer(model: nn.Module, images: Tensor) -> list[float]:
     return found
 
 
-def run(variant: str, seed: int, data: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    """Train one variant from one seed, and everything that is measured of it."""
+def train_and_measure(variant: str, seed: int, data: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """Train one variant from one seed and measure it."""
     torch.manual_seed(seed)
     model = build(variant, matched_mlp_ratio(variant))
     start = time.perf_counter()
@@ -197,7 +197,7 @@ def run(variant: str, seed: int, data: dict[str, Any], args: argparse.Namespace)
 
 
 def train_all(args: argparse.Namespace) -> None:
-    """Every run that has left no file yet; seeds outermost, so that an early stop leaves whole comparisons."""
+    """Every run without a file; seeds are the outer loop, so that an early stop leaves complete comparisons."""
     missing = [(seed, variant) for seed in args.seeds for variant in args.variants
                if not run_path(args.runs, variant, seed).exists()]
     if not missing:
@@ -205,9 +205,9 @@ def train_all(args: argparse.Namespace) -> None:
     args.runs.mkdir(parents=True, exist_ok=True)
     data = {split: load_split(Path(args.data_dir) / split) for split in ('train', 'val')}
     for seed, variant in missing:
-        result = run(variant, seed, data, args)
+        result = train_and_measure(variant, seed, data, args)
         path = run_path(args.runs, variant, seed)
-        atomic_write(path, lambda file: file.write(json.dumps(result).encode()))  # noqa: B023  written at once
+        write_text(path, json.dumps(result))
         say(f'{variant}, seed {seed}: top-1 {result["shifted"]["as it is"]:.2f} % after {result["seconds"]:.0f} s')
 
 

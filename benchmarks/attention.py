@@ -5,8 +5,8 @@
     python benchmarks/attention.py --device cuda --dtype bfloat16
     python benchmarks/attention.py --layers 96,3,56,7,8,1,4 --backends blocked --seconds 10
 
-Every backend, full attention (SDPA without a bias), the layer's floor and, on a GPU, FlexAttention are measured against
-a layer that copies keys and values into overlapping tiles, as the released code does. All take turns in one process,
+The backends, full attention (SDPA without a bias) and the layer's floor are measured against a layer that copies keys
+and values into overlapping tiles, as the released code does. All take turns in one process,
 in a new order each round; a ratio is that of two times of the same round, and medians of these are what is printed, so
 that a noisy machine distorts them little. Memory on the CPU is the resident size that a step adds, each in a process
 of its own. Results go to benchmarks/results/, a JSON file and a Markdown table, after every layer.
@@ -23,14 +23,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from contenders import Flex, Floor, TileCopying, full_attention
+from contenders import Floor, TileCopying, full_attention
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ls_vision.analysis.measure import added_memory, alternate, describe_machine, ratio, spread, write
 from ls_vision.layers import LongShortAttention2d
-from ls_vision.ops.backends import BACKENDS
-from ls_vision.ops.functional import BACKEND_ENV
+from ls_vision.ops.backends import BACKEND_ENV, BACKENDS
 
 RESULTS = Path(__file__).parent / 'results'
 PASSES = ('forward', 'step')
@@ -58,7 +57,7 @@ class Layer(NamedTuple):
                 f'r {self.rank}, g {self.num_global_tokens}, batch {self.batch}')
 
 
-# the issue's three, the models' others over grids from 14 to 256, and a user's layer of 65,536 tokens
+# three that the floor is known for, those of the models over grids from 14 to 256, and one of 65,536 tokens
 LAYERS = [
     Layer(96, 3, 56, 7, 8, 1, 4),
     Layer(192, 3, 28, 7, 8, 1, 4),
@@ -103,7 +102,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--out', type=Path, default=RESULTS)
     parser.add_argument('--measure-memory', help=argparse.SUPPRESS)  # one contender, in this process
     args = parser.parse_args()
-    args.backends = args.backends or (['blocked', 'triton'] if args.device == 'cuda' else ['blocked'])
+    args.backends = args.backends or (['blocked', 'triton', 'flex'] if args.device == 'cuda' else ['blocked'])
     return args
 
 
@@ -132,8 +131,6 @@ class Contender:
             module = Floor(module, layer.batch, self.feat_size)
         elif kind == 'full':
             module = full_attention(module)
-        elif kind == 'flex':
-            module = Flex(module, self.feat_size)
         self.module = module
         self.x = torch.randn(layer.batch, layer.num_global_tokens + layer.num_tokens, layer.dim, **like)
 
@@ -178,8 +175,6 @@ def contenders(layer: Layer, args: argparse.Namespace) -> list[str]:
         kinds.remove('reference')
     if layer.num_tokens <= DENSE_TOKENS or args.device == 'cuda':
         kinds.append('full')
-    if args.device == 'cuda':
-        kinds.append('flex')
     return kinds
 
 

@@ -3,12 +3,14 @@
 Shapes: B batch, H x W grid, N = H * W local tokens, g global tokens, L = g + N, C channels, h heads, d = C / h,
 r rank, M = r + g additional keys, w window size, p key margin, T windows, Q = w * w queries, K = (w + 2p)^2 keys.
 """
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ls_vision.layers import FullAttention2d, LongShortAttention2d
-from ls_vision.ops.geometry import key_margin, num_windows
+from ls_vision.ops.window import num_keys, num_windows, square_window
 
 
 class TileCopying(nn.Module):
@@ -27,13 +29,15 @@ class TileCopying(nn.Module):
         B, _, C = x.shape
         H, W = feat_size
         g, h, w, M = layer.num_global_tokens, layer.num_heads, layer.window_size, layer.rank + layer.num_global_tokens
-        d, p, (nH, nW) = C // h, key_margin(w), num_windows(feat_size, w)
-        q, k, v = layer.qkv(x, feat_size).unbind(2)  # (B, L, C) each
+        window = square_window(w)
+        d, p, (nH, nW) = C // h, window.row_margin, num_windows(feat_size, window)
+        q, k, v = layer.qkv(x).chunk(3, dim=-1)  # (B, L, C) each
         q, k, v = q * layer.scale, layer.dual_ln_full(k), layer.dual_ln_full(v)
 
         k_extra, v_extra = k[:, :g], v[:, :g]
         if layer.rank:
-            weights = layer.to_dynamic_projection(x[:, g:], feat_size)  # (B, h, r, N)
+            scores = layer.to_dynamic_projection(x[:, g:])  # (B, N, h * r)
+            weights = scores.transpose(1, 2).reshape(B, h, -1, H * W).softmax(-1)  # (B, h, r, N)
             summaries = (weights @ heads(t[:, g:], h) for t in (k, v))  # (B, h, r, d)
             k_long, v_long = (layer.dual_ln_dp(t.transpose(1, 2).flatten(2)) for t in summaries)  # (B, r, C)
             k_extra, v_extra = torch.cat([k_long, k_extra], 1), torch.cat([v_long, v_extra], 1)  # (B, M, C)
@@ -62,7 +66,7 @@ class TileCopying(nn.Module):
     def tiles(self, x: Tensor) -> Tensor:
         """Padded (B, H', W', C) -> (B, h, T, K, C / h), a copy of each key in every window that sees it."""
         w = self.layer.window_size
-        side = w + 2 * key_margin(w)
+        side = w + 2 * square_window(w).row_margin
         x = x.unfold(1, side, w).unfold(2, side, w)  # (B, nH, nW, C, side, side)
         B, nH, nW = x.shape[:3]
         x = x.reshape(B, nH, nW, self.layer.num_heads, -1, side * side)
@@ -79,8 +83,9 @@ class Floor(nn.Module):
         super().__init__()
         self.layer = layer
         h, w, d = layer.num_heads, layer.window_size, layer.dim // layer.num_heads
-        T = num_windows(feat_size, w)[0] * num_windows(feat_size, w)[1]
-        J = layer.rank + layer.num_global_tokens + (w + 2 * key_margin(w)) ** 2
+        window = square_window(w)
+        T = math.prod(num_windows(feat_size, window))
+        J = layer.rank + layer.num_global_tokens + num_keys(window)
         like = layer.proj.weight
         self.q, self.k, self.v = (
             torch.randn(batch, T * h, n, d, device=like.device, dtype=like.dtype).requires_grad_()
@@ -90,73 +95,14 @@ class Floor(nn.Module):
     def forward(self, x: Tensor, feat_size: tuple[int, int]) -> tuple[Tensor, ...]:
         """(B, L, C) -> everything that was computed."""
         layer = self.layer
-        q, k, v = layer.qkv(x, feat_size).unbind(2)
+        q, k, v = layer.qkv(x).chunk(3, dim=-1)
         k, v = layer.dual_ln_full(k), layer.dual_ln_full(v)
         computed = [q, k, v]
         if layer.rank:
-            scores = F.linear(x, layer.to_dynamic_projection.weight, layer.to_dynamic_projection.bias)
-            computed += [scores, layer.dual_ln_dp(k[:, :layer.rank]), layer.dual_ln_dp(v[:, :layer.rank])]
+            r = layer.rank
+            computed += [layer.to_dynamic_projection(x), layer.dual_ln_dp(k[:, :r]), layer.dual_ln_dp(v[:, :r])]
         attended = F.scaled_dot_product_attention(self.q, self.k, self.v, attn_mask=self.mask, scale=layer.scale)
         return (*computed, attended, layer.proj(x))
-
-
-class Flex(nn.Module):
-    """The same pattern for FlexAttention: a block mask of windows and a score function for the bias (GPU).
-
-    It lacks the norms' share of nothing: all of the layer but the attention is the layer's own.
-    """
-
-    def __init__(self, layer: LongShortAttention2d, feat_size: tuple[int, int]):
-        super().__init__()
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-        self.layer = layer
-        H, W = feat_size
-        w, p, M = layer.window_size, key_margin(layer.window_size), layer.rank + layer.num_global_tokens
-        side = w + 2 * p
-        bias = layer.position_bias()
-        device = layer.proj.weight.device
-        # queries window by window, so that the block mask is sparse; keys in the same order, after the additional ones
-        index = torch.arange(H * W, device=device).view(H, W)
-        order = torch.cat([t.flatten() for rows in index.split(w, 0) for t in rows.split(w, 1)])
-        row, col = order // W, order % W
-
-        def sees(b: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            n = (j - M).clamp(min=0)
-            dy, dx = row[n] - row[i] // w * w + p, col[n] - col[i] // w * w + p
-            return (j < M) | ((dy >= 0) & (dy < side) & (dx >= 0) & (dx < side))
-
-        def add_bias(score: Tensor, b: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            n = (j - M).clamp(min=0)
-            dy, dx = row[n] - row[i] // w * w + p, col[n] - col[i] // w * w + p
-            inside = (j >= M) & (dy >= 0) & (dy < side) & (dx >= 0) & (dx < side)
-            query = row[i] % w * w + col[i] % w
-            pair = torch.where(inside, dy * side + dx, 0)
-            return score + torch.where(inside, bias[head, query, pair], 0.)  # type: ignore[index]
-
-        self.order, self.inverse = order, order.argsort()
-        self.score_mod = None if bias is None else add_bias
-        self.block_mask = create_block_mask(sees, None, None, H * W, M + H * W, device=device.type)
-        self.attention = torch.compile(flex_attention, dynamic=False)
-
-    def forward(self, x: Tensor, feat_size: tuple[int, int]) -> Tensor:
-        """(B, L, C) -> (B, L, C)."""
-        layer = self.layer
-        g, h = layer.num_global_tokens, layer.num_heads
-        q, k, v = layer.qkv(x, feat_size).unbind(2)
-        k, v = layer.dual_ln_full(k).to(q.dtype), layer.dual_ln_full(v).to(q.dtype)
-        kv = torch.stack([k, v], dim=2)
-        extra_k, extra_v = layer._additional_keys(x, kv[:, :g], kv[:, g:], feat_size)  # (B, M, h, d)
-        q_, k_, v_ = (heads(t[:, g:][:, self.order], h) for t in (q, k, v))  # (B, h, N, d)
-        if extra_k is not None:
-            k_ = torch.cat([extra_k.transpose(1, 2), k_], 2)
-            v_ = torch.cat([extra_v.transpose(1, 2), v_], 2)
-        out = self.attention(q_, k_, v_, score_mod=self.score_mod, block_mask=self.block_mask, scale=layer.scale)
-        out = out.transpose(1, 2).flatten(2)[:, self.inverse]
-        if g:
-            attended = attend(
-                q[:, :g], torch.cat([k[:, :g], out], 1), torch.cat([v[:, :g], out], 1), h, layer.scale)
-            out = torch.cat([attended, out], dim=1)
-        return layer.proj(out)
 
 
 def full_attention(layer: LongShortAttention2d) -> FullAttention2d:

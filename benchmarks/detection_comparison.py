@@ -4,10 +4,10 @@
     python -m ls_vision.data.deepforest --data-dir data/deepforest
     python benchmarks/detection_comparison.py --seconds 150
 
-Recipe, detector and data are those of configs/detection/deepforest.yaml; only the backbone differs, and the number of
-updates, which follows from the processor seconds (of all threads) that an update takes. The cosine schedule spans all
-of them. Results go to benchmarks/results/, a JSON file and a Markdown table, after every backbone; a backbone
-that has its result there is not trained again.
+Recipe, detector and data are those of configs/detection/deepforest.yaml. Only the backbone differs, and the number of
+updates, which depends on the processor seconds (of all threads) per update. The cosine schedule covers all updates.
+Results go to benchmarks/results/, a JSON file and a Markdown table, after every backbone; a backbone with a result
+there is not trained again.
 """
 import argparse
 import datetime
@@ -23,7 +23,7 @@ import yaml
 
 from ls_vision.analysis.measure import describe_machine, write
 from ls_vision.detection.config import parse_args as parse_training_args
-from ls_vision.training.distributed import Processes
+from ls_vision.runtime.processes import Processes
 from ls_vision.training.engine import update
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the training script lies beside the package
@@ -51,14 +51,14 @@ def main() -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--seconds', type=float, default=150., help='of processor time that each backbone trains')
-    parser.add_argument('--threads', type=int, default=torch.get_num_threads(), help='of PyTorch')
+    parser.add_argument('--seconds', type=float, default=150., help='processor time of the training of each backbone')
+    parser.add_argument('--threads', type=int, default=torch.get_num_threads(), help='threads of PyTorch')
     parser.add_argument('--out', type=Path, default=Path(__file__).parent / 'results')
     return parser.parse_args()
 
 
 def contenders() -> dict[str, dict[str, Any]]:
-    """What each changes in the config."""
+    """The changes that each makes to the config."""
     kwargs = yaml.safe_load(CONFIG.read_text())['model_kwargs']
     return {
         'long-short': {},

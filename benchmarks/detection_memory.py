@@ -7,8 +7,8 @@
 
 A step is forward, backward and an AdamW update on one image; memory is the peak of the process (of the allocator on a
 GPU), optimiser and weights included. Images are padded to multiples of 32 pixels, as torchvision's detectors do. A case
-that exceeds --memory-limit is a result: out of memory. Results go to benchmarks/results/, a JSON file and a Markdown
-table, after every case; the same command goes on where it stopped.
+that exceeds --memory-limit is recorded as out of memory. Results go to benchmarks/results/, a JSON file and a Markdown
+table, after every case; the same command resumes an interrupted run.
 """
 import argparse
 import datetime
@@ -28,6 +28,7 @@ import ls_vision  # noqa: F401  registers the models
 from ls_vision.analysis.measure import describe_machine, peak_resident_size, write
 from ls_vision.detection import DETECTORS, build_detector
 from ls_vision.detection.backbone import PyramidBackbone
+from ls_vision.runtime.devices import is_out_of_memory
 
 RESULTS = Path(__file__).parent / 'results'
 MODELS = ['vil_ls_medium_linear', 'vil_ls_medium', 'vil_full_medium', 'swin_small_patch4_window7_224']
@@ -56,7 +57,7 @@ def main() -> None:
 
 
 def saved_rows(path: Path, command: str) -> list[dict[str, Any]]:
-    """What the same command has measured already; a case that failed for another reason than memory is tried again."""
+    """Earlier results of the same command; a case that failed for another reason than memory is repeated."""
     saved = json.loads(path.read_text()) if path.exists() else dict(machine={}, rows=[])
     same = saved['machine'].get('command') == command
     return [row for row in saved['rows'] if same and row.get('error') in (None, 'out of memory')]
@@ -65,14 +66,14 @@ def saved_rows(path: Path, command: str) -> list[dict[str, Any]]:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--models', nargs='+', default=MODELS, metavar='NAME', help='timm model names')
-    parser.add_argument('--sizes', nargs='+', type=parse_size, default=SIZES, metavar='H,W', help='of the image')
+    parser.add_argument('--sizes', nargs='+', type=parse_size, default=SIZES, metavar='H,W', help='image sizes')
     parser.add_argument('--detector', choices=tuple(DETECTORS), help='with the whole detector, on 20 boxes')
     parser.add_argument('--grad-checkpointing', action='store_true', help="recompute the backbone's blocks")
     parser.add_argument('--device', default='cpu', help='cpu or cuda')
     parser.add_argument('--amp', action='store_true', help='bfloat16 autocast')
-    parser.add_argument('--threads', type=int, default=torch.get_num_threads(), help='of PyTorch on the CPU')
-    parser.add_argument('--steps', type=int, default=2, help='the fastest of so many is taken; memory of the last')
-    parser.add_argument('--memory-limit', type=float, default=20., metavar='GIB', help='of a process on the CPU')
+    parser.add_argument('--threads', type=int, default=torch.get_num_threads(), help='threads of PyTorch on the CPU')
+    parser.add_argument('--steps', type=int, default=2, help='steps of a case; the fastest one counts')
+    parser.add_argument('--memory-limit', type=float, default=20., metavar='GIB', help='for a process on the CPU')
     parser.add_argument('--out', type=Path, default=RESULTS)
     parser.add_argument('--case', nargs=3, metavar=('MODEL', 'H', 'W'), help=argparse.SUPPRESS)  # in this process
     return parser.parse_args()
@@ -87,7 +88,7 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def run_case(model: str, size: tuple[int, int]) -> dict[str, Any]:
-    """Seconds and memory from a process of its own, or why there are none."""
+    """Seconds and memory, measured in a process of its own, or the error."""
     command = [sys.executable, __file__, *sys.argv[1:], '--case', model, *map(str, size)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode == 0:
@@ -112,7 +113,7 @@ def measure(model: str, height: str, width: str, args: argparse.Namespace) -> di
             step()
             seconds.append(time.perf_counter() - start)
     except (RuntimeError, MemoryError) as e:
-        if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or 'allocate memory' in str(e):
+        if is_out_of_memory(e):
             sys.exit(OUT_OF_MEMORY)
         raise
     memory = torch.cuda.max_memory_allocated() if args.device == 'cuda' else peak_resident_size()

@@ -1,25 +1,25 @@
 #!/usr/bin/env python3
-"""The paper's comparison of long-short with full attention over image sizes, and timm's models beside it.
+"""Long-short and full attention over image sizes, as in the paper, with Swin and ViT from timm for comparison.
 
     python benchmarks/resolution_scaling.py                  # ViL family, Swin-S, ViT-S: under 30 minutes on two cores
     python benchmarks/resolution_scaling.py --resume
     python benchmarks/resolution_scaling.py --family cvt
     python benchmarks/resolution_scaling.py --device cuda --dtype bfloat16
 
-`ls-vision scale` with models and sizes filled in; the results go to benchmarks/results/, dated. With --publish the plot
-and the figures go into the README as well, between its markers.
+Runs `ls-vision scale` with preset models and sizes. Results go to a dated folder in benchmarks/results/. --publish also
+copies the plot to docs/scaling.png and writes the tables into docs/results.md, between its markers.
 """
 import argparse
 import datetime
 import shutil
 from pathlib import Path
 
-from readme import replace_section
+from pages import replace_section
 
 from ls_vision.analysis import report
 from ls_vision.analysis.commands import scale
 from ls_vision.analysis.scale import Results
-from ls_vision.training.errors import UserError
+from ls_vision.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / 'results'
@@ -34,7 +34,7 @@ SIZES['cuda'] = [*SIZES['cpu'], '1792']
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--family', choices=FAMILIES, default='vil', help='default: %(default)s')
-    parser.add_argument('--publish', action='store_true', help='put plot and slopes into the README')
+    parser.add_argument('--publish', action='store_true', help='write plot and tables into docs/')
     scale.add_arguments(parser)
     parser.set_defaults(models=None, img_size=None, out=None)
     args = parser.parse_args()
@@ -51,11 +51,11 @@ def main() -> None:
 
 
 def publish(folder: Path) -> None:
-    """Puts the plot into docs/ and the figures into the README."""
+    """Copies the plot to docs/ and writes the tables into docs/results.md."""
     shutil.copy(folder / 'scaling.png', ROOT / 'docs' / 'scaling.png')
     findings = report.Report(Results.load(folder / 'results.json'))
-    picture = '![Growth with the image](docs/scaling.png)'
-    replace_section(ROOT / 'README.md', 'scaling', f'{picture}\n\n{report.digest(findings)}')
+    picture = '![Growth with image size](scaling.png)'
+    replace_section(ROOT / 'docs' / 'results.md', 'scaling', f'{picture}\n\n{report.digest(findings)}')
 
 
 if __name__ == '__main__':

@@ -1,26 +1,26 @@
 #!/usr/bin/env python3
-"""All models of the package: parameters, multiply-adds, published accuracy, measured speed; the README's table of them.
+"""The model zoo table: parameters, multiply-adds, published accuracy and measured speed of every model.
 
-    python benchmarks/zoo.py              # float32 on the CPU, at the size that a model is made for
+    python benchmarks/zoo.py              # float32 on CPU, each model at its native image size
     python benchmarks/zoo.py --resume
     python benchmarks/zoo.py --device cuda --dtype bfloat16 --batch-size 64
-    python benchmarks/zoo.py --publish    # puts the table into the README, between its markers
+    python benchmarks/zoo.py --publish    # writes the table into README.md, between its markers
 
-Writes benchmarks/results/zoo_DEVICE_DTYPE_DATE.json, every model as soon as it is measured.
+Writes benchmarks/results/zoo_DEVICE_DTYPE_DATE.json after every model.
 """
 import argparse
 import datetime
 from pathlib import Path
 from typing import Any
 
-from readme import replace_section
+from pages import replace_section
 
 from ls_vision.analysis import scale
 from ls_vision.analysis.commands.bench import add_measuring_arguments, settings
 from ls_vision.analysis.tables import markdown
 from ls_vision.analysis.worker import Point
 from ls_vision.analysis.zoo import PUBLISHED, default_size, own_models, size_name
-from ls_vision.training.errors import UserError
+from ls_vision.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / 'results'
@@ -29,8 +29,8 @@ RESULTS = Path(__file__).parent / 'results'
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_measuring_arguments(parser, seconds=4., rounds=2)
-    parser.add_argument('--resume', action='store_true', help='go on where a run of today stopped')
-    parser.add_argument('--publish', action='store_true', help='put the table into the README')
+    parser.add_argument('--resume', action='store_true', help='continue a run started today')
+    parser.add_argument('--publish', action='store_true', help='write the table into README.md')
     parser.add_argument('--models', nargs='+', default=own_models(), help='default: all')
     parser.add_argument('--out', type=Path, help='file of results')
     parser.set_defaults(mode=['inference'])
@@ -39,7 +39,7 @@ def main() -> None:
     try:
         results = scale.Results.create(args.out or RESULTS / name, settings(args), args.resume)
         points = [Point(name, default_size(name), args.batch_size[0], 'inference') for name in args.models]
-        scale.run(points, results, args.rounds)
+        scale.measure_points(points, results, args.rounds)
     except UserError as e:
         raise SystemExit(f'error: {e}') from None
     text = table(results)
@@ -49,24 +49,23 @@ def main() -> None:
 
 
 def table(results: scale.Results) -> str:
-    """The models, and how their speed was measured."""
+    """The models, and how speed was measured."""
     machine = results.machine
     batch = results.rows[0]['batch_size']
     speed = f'images/s, {"CPU" if results.settings.device == "cpu" else "GPU"}'
     columns = {
-        'name': lambda row: f'`{row["model"]}`',
+        'model': lambda row: f'`{row["model"]}`',
         'parameters': lambda row: f'{row["params"] / 1e6:.1f} M',
         'GMAC': lambda row: f'{row["macs"] / 1e9:.2f}',
-        'at': lambda row: size_name(tuple(row['img_size'])),
-        'published ImageNet top-1': lambda row: PUBLISHED[row['model']].top1 if row['model'] in PUBLISHED else '',
+        'px': lambda row: size_name(tuple(row['img_size'])),
+        'top-1': lambda row: PUBLISHED[row['model']].top1 if row['model'] in PUBLISHED else '',
         speed: lambda row: f'{row["throughput"]:.1f}' if row['status'] == 'ok' else row['status'],
     }
     rows = sorted(results.rows, key=order)
     return (
         f'{markdown(rows, columns)}\n\n'
-        f'Speed: {machine["device"]}, {machine["threads"]} threads, {machine["dtype"]}, batch {batch}, forward pass, '
-        f'median of calls in {len(rows[0]["visits"])} rounds; torch {machine["torch"]}, {machine["date"]}; '
-        f'`{machine["command"]}`.')
+        f'Forward pass on {machine["device"]}, {machine["threads"]} threads, {machine["dtype"]}, batch {batch}; median '
+        f'of {len(rows[0]["visits"])} rounds; torch {machine["torch"]}, {machine["date"]}; `{machine["command"]}`.')
 
 
 def order(row: dict[str, Any]) -> tuple[Any, ...]:

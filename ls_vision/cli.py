@@ -1,4 +1,4 @@
-"""The command `ls-vision`: which models there are, what they cost at which image size, and what they attend to."""
+"""The command `ls-vision`: lists models, measures their cost over image sizes, and draws their attention."""
 import argparse
 import sys
 from collections.abc import Sequence
@@ -6,14 +6,14 @@ from typing import Optional
 
 from ls_vision import export
 from ls_vision.analysis.commands import attention, bench, flops, models, scale
-from ls_vision.training.errors import UserError
+from ls_vision.runtime.errors import UserError
 
 # Each is a module with `add_arguments(parser)` and `run(args)`; its docstring is the help, with examples.
 COMMANDS = dict(models=models, flops=flops, bench=bench, scale=scale, attention=attention, export=export)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
-    """Runs a subcommand; exits with 2 for wrong input and with 130 where it was interrupted."""
+    """Runs a subcommand; exits with 2 for wrong input and with 130 if interrupted."""
     args = parse_args(argv)
     try:
         args.run(args)

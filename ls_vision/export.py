@@ -3,10 +3,10 @@
     ls-vision export vil_ls_tiny --out model.onnx
     ls-vision export vil_ls_medium --checkpoint model_best.pth --out model.onnx
 
-Needs the `onnx` extra. Loads nothing but ONNX's own operators, whatever runs the file.
+Needs the `onnx` extra. The file holds ONNX's own operators alone, so whatever runs it needs nothing of this package.
+`torch.onnx.export(model, ..., dynamo=True)` writes the same; this command adds open sizes and a checkpoint.
 """
 import argparse
-import os
 from pathlib import Path
 from typing import List, Optional, Sequence, Tuple, Union
 
@@ -16,7 +16,8 @@ from torch import nn
 from torch.export import Dim
 
 from ls_vision.analysis.zoo import check_model
-from ls_vision.training.errors import UserError
+from ls_vision.runtime.errors import UserError
+from ls_vision.runtime.files import atomic_write
 
 
 def export_onnx(
@@ -30,25 +31,18 @@ def export_onnx(
     Args:
         model: One of this package's models, or any other that `torch.export` follows at open sizes.
         path: Of the file; it appears when it is complete.
-        img_size: (H, W) in pixels of the example that the model is traced with.
-        opset: Of the file.
+        img_size: (H, W) in pixels of the example that the model is exported with.
+        opset: ONNX version of the operators in the file.
     """
-    # not 1, which would be taken for a constant
+    # a batch of 1 would be taken for a constant
     example = torch.randn(2, getattr(model, 'in_chans', 3), *img_size)
-    modules = [(m, m.fused_attn) for m in model.modules() if hasattr(m, 'fused_attn')]
-    for module, _ in modules:
-        setattr(module, 'fused_attn', False)  # noqa: B010  ONNX has no operator for attention, only for its parts
-    try:
+    with torch.no_grad():
         program = torch.onnx.export(
             model.eval(), (example,), dynamo=True, opset_version=opset, input_names=['image'], output_names=['output'],
             dynamic_shapes=({0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC},), verbose=False)
-    finally:
-        for module, fused_attn in modules:
-            setattr(module, 'fused_attn', fused_attn)  # noqa: B010
     assert program is not None
-    temporary = Path(f'{path}.tmp')
-    program.save(temporary, external_data=False)
-    os.replace(temporary, path)
+    with atomic_write(path) as file:
+        file.write(program.model_proto.SerializeToString())
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -128,8 +128,10 @@ def old_name(key):
     """A parameter's name in checkpoints of the first versions, in which CvT's linear maps had other names."""
     kinds = {'query': 0, 'key': 1, 'value': 2}
     for pattern, old in (
-            (r'attn\.(query|key|value)\.conv\.', 'attn.qkv.conv.{}.0.'), (r'attn\.(query|key|value)\.norm\.', 'attn.qkv.conv.{}.1.'),
-            (r'attn\.(query|key|value)\.qkv\.', 'attn.qkv.proj.{}.'), (r'attn\.scores\.(conv)\.', 'attn.to_dynamic_projection.conv.0.'),
+            (r'attn\.(query|key|value)\.conv\.', 'attn.qkv.conv.{}.0.'),
+            (r'attn\.(query|key|value)\.norm\.', 'attn.qkv.conv.{}.1.'),
+            (r'attn\.(query|key|value)\.qkv\.', 'attn.qkv.proj.{}.'),
+            (r'attn\.scores\.(conv)\.', 'attn.to_dynamic_projection.conv.0.'),
             (r'attn\.scores\.(to_dynamic_projection)\.', 'attn.to_dynamic_projection.proj.')):
         key = re.sub(pattern, lambda match, old=old: old.format(kinds.get(match[1])), key)
     return key

@@ -1,1 +1,1 @@
-"""Looking at models: pictures of what they learn and predict."""
+"""Analysis of models: multiply-adds, speed and memory over image sizes, attention weights, reports and pictures."""

@@ -11,9 +11,11 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from ls_vision.analysis import pictures
+from ls_vision.analysis.record import PixelAttention, Record, record, rollout
 from ls_vision.analysis.zoo import ImageSize
-from ls_vision.inspect import PixelAttention, Record, record, rollout
-from ls_vision.training.errors import UserError, first_line
+from ls_vision.data.images import read_image
+from ls_vision.runtime.errors import UserError, first_line
+from ls_vision.runtime.files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,7 +27,7 @@ PART_COLORS = (pictures.ORANGE, pictures.BLUE, pictures.GREEN)
 
 @dataclass
 class Sheet:
-    """What is drawn."""
+    """The content of a sheet."""
     title: str
     image: Tensor
     """(3, H, W) uint8, as the model saw it before normalisation."""
@@ -37,7 +39,7 @@ class Sheet:
     """(H, W) over the first stage's grid."""
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Everything by name; maps have the rows and columns of the block's grid, heads first."""
+        """All arrays by name; maps have the shape of the block's grid, with heads first."""
         arrays = dict(
             image=self.image, token=torch.tensor(self.token), window=self.attention.window,
             summaries=self.attention.summaries, long_range=self.attention.long_range,
@@ -50,16 +52,15 @@ class Sheet:
 def load_image(path: Path, size: Optional[ImageSize], shorter_side: int) -> Tensor:
     """(3, H, W) uint8 of a picture file, resized to a size or else to a shorter side.
 
-    In the latter case its shape is kept but for what makes both sides multiples of 32, of which whole tokens are made.
+    With a shorter side the aspect ratio is kept, and both sides are rounded to multiples of 32.
 
     Raises:
-        UserError: The file can't be read as an image.
+        UserError: The file cannot be read as an image.
     """
     try:
-        with Image.open(path) as file:
-            image = file.convert('RGB')
+        image = read_image(path)
     except OSError as e:
-        raise UserError(f'{path}: can not be read as an image: {first_line(e)}') from e
+        raise UserError(f'{path} cannot be read as an image: {first_line(e)}') from e
     if size is None:
         scale = shorter_side / min(image.size)
         height, width = (max(round(side * scale / GRAIN), 1) * GRAIN for side in (image.height, image.width))
@@ -76,14 +77,14 @@ def look(
         pixel: Optional[tuple[float, float]],
         title: str,
 ) -> Sheet:
-    """Runs the model on an image.
+    """Runs the model on an image and collects what the sheet shows.
 
     Args:
         model: One of this package's.
         image: (3, H, W) uint8.
-        stage, block: Numbers from 0 of what is looked at.
-        pixel: Of the query, as shares of height and width from 0 to 1; the centre by default.
-        title: Of the sheet.
+        stage, block: The block to show, numbered from 0.
+        pixel: Position of the query as fractions of height and width; the centre by default.
+        title: Title of the sheet.
 
     Raises:
         UserError: The model has no such block.
@@ -101,7 +102,7 @@ def look(
 
 
 def draw(sheet: Sheet, path: Path) -> None:
-    """Writes the sheet as a PNG: above the chosen token's attention and the rollout, below the maps of each head."""
+    """Writes the sheet as a PNG: the chosen token's attention and the rollout above, the maps of each head below."""
     _, height, width = sheet.image.shape
     big = (2.6 * min(1., width / height), 2.6 * min(1., height / width))  # width and height of a picture in inches
     rank, heads = sheet.block.rank, sheet.block.num_heads
@@ -152,9 +153,8 @@ def draw(sheet: Sheet, path: Path) -> None:
             axes = place(1. + column * cell_width, top, (cell_width - 0.06, cell_height - 0.06))
             pictures.draw_map(axes, sheet.image, sheet.block.projection[head, i])
         write(0.3, maps_top + (head * lines + 0.45) * cell_height, f'head {head + 1}', fontsize=8, color=pictures.INK)
-    new = path.with_name(f'{path.name}.new')
-    figure.savefig(new, format='png')
-    new.replace(path)
+    with atomic_write(path) as file:
+        figure.savefig(file, format='png')
 
 
 def _draw_shares(axes: 'Axes', shares: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""From which image size on one model costs less than another."""
+"""The image size from which one model costs less than another."""
 import math
 from collections.abc import Mapping
 from typing import Optional
@@ -8,10 +8,10 @@ Curve = Mapping[float, Optional[float]]
 
 
 def crossover(ours: Curve, theirs: Curve) -> Optional[float]:
-    """The side from which on the first model costs less at every measured size.
+    """The side from which the first model costs less at every measured size.
 
-    Between two measured sizes it is where the straight lines through both, of log cost against log side, meet. It is
-    the smallest side where the first costs less throughout, and None where it does not at the largest one.
+    Between two measured sizes it is the intersection of the straight lines of log cost against log side. It is the
+    smallest side if the first model always costs less, and None if it does not at the largest side.
     """
     sides = sorted(set(ours) & set(theirs))
     first = len(sides)

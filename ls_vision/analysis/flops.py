@@ -1,8 +1,8 @@
-"""Multiply-adds of a model, counted in three ways that have to agree.
+"""Multiply-adds of a model, counted in three ways that must agree.
 
-The figure is that of fvcore, as papers count: one for a multiply and an add, of convolutions, linear maps and attention
-products. It is checked against PyTorch's `FlopCounterMode` and against closed formulas of the layers. All run on the
-meta device, where nothing is computed and nothing allocated, so that 4096 px take no more than 224 px.
+The result is fvcore's count, as in papers: one per multiply and add, of convolutions, linear maps and attention
+products. It is checked against PyTorch's `FlopCounterMode` and against closed formulas of the layers. All three run on
+the meta device, where nothing is computed or allocated, so that 4096 px cost no more than 224 px.
 """
 import contextlib
 import math
@@ -20,14 +20,14 @@ from fvcore.nn.jit_handles import get_shape
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.flop_counter import FlopCounterMode
 
 from ls_vision.analysis.formulas import PARTS, count_by_formula, find_formula
 from ls_vision.analysis.negligible import NEGLIGIBLE
 from ls_vision.analysis.zoo import ImageSize, build, size_name
 from ls_vision.layers import LongShortAttention2d
-from ls_vision.ops.geometry import key_margin
-from ls_vision.training.errors import UserError, first_line
+from ls_vision.ops.window import num_keys, square_window
+from ls_vision.runtime.errors import UserError, first_line
 
 TOLERANCE = 0.01
 
@@ -45,7 +45,7 @@ class Count:
     parts: dict[str, int]
     """By kind of operation, keys `PARTS`."""
     stages: dict[str, int]
-    """By stage, and by what is outside of stages."""
+    """By stage, and by module outside of stages."""
     without_formula: tuple[str, ...]
     """Classes of the layers that have no formula."""
 
@@ -54,7 +54,7 @@ def count(name: str, size: ImageSize) -> Count:
     """Counts a registered model, of this package or of timm, at an image size.
 
     Raises:
-        UserError: There is no such model, it does not take such images, it has an operator that can not be
+        UserError: There is no such model, it does not take such images, it has an operator that cannot be
             counted, or the counters disagree by more than 1 %.
     """
     model = build(name, size, device='meta').eval().requires_grad_(False)
@@ -65,7 +65,7 @@ def count(name: str, size: ImageSize) -> Count:
             formula = sum(count_by_formula(model, images).values())
             fvcore = _count_by_fvcore(model, images)
     except (AssertionError, NotImplementedError, RuntimeError, TypeError, ValueError) as e:
-        raise UserError(f'{name} can not be counted at {size_name(size)}: {first_line(e)}') from e
+        raise UserError(f'{name} cannot be counted at {size_name(size)}: {first_line(e)}') from e
     modules = dict(model.named_modules(remove_duplicate=False))
     own = {path: ops for path, ops in by_module.items() if sum(ops.values())}
     missing = tuple(sorted({type(modules[path]).__name__ for path in own if find_formula(modules[path]) is None}))
@@ -90,7 +90,7 @@ def _check_agreement(result: Count) -> None:
 # ---- PyTorch's counter -----------------------------------------------------------------------------------------------
 
 def _count_by_module(model: nn.Module, images: torch.Tensor) -> dict[str, dict[str, int]]:
-    """Multiply-adds of each module besides those of its children, by operator."""
+    """Multiply-adds of each module without those of its children, by operator."""
     with FlopCounterMode(display=False) as counter:
         model(images)
     root = type(model).__name__
@@ -118,15 +118,15 @@ def _split_by_part(own: dict[str, dict[str, int]], modules: dict[str, nn.Module]
 
 
 def _shares(op: str, module: nn.Module) -> dict[str, float]:
-    """How the multiply-adds of an operator that a module calls itself are divided among parts."""
+    """The parts among which the multiply-adds of an operator that a module calls are divided."""
     if 'conv' in op:
         return {'convolution': 1.}
     if op in ('aten.mm', 'aten.addmm'):
         return {'linear': 1.}
     if isinstance(module, LongShortAttention2d):
         if op != 'ls_vision.long_short_attention':
-            return {'long-range': 1.}  # summaries, and what the global tokens attend to
-        in_window = (module.window_size + 2 * key_margin(module.window_size)) ** 2
+            return {'long-range': 1.}  # summaries and the attention of global tokens
+        in_window = num_keys(square_window(module.window_size))
         share = in_window / (in_window + module.rank + module.num_global_tokens)
         return {'window': share, 'long-range': 1. - share}
     return {'window' if 'Window' in type(module).__name__ else 'full attention': 1.}
@@ -144,10 +144,10 @@ def _split_by_stage(own: dict[str, dict[str, int]]) -> dict[str, int]:
 # ---- fvcore ----------------------------------------------------------------------------------------------------------
 
 def _count_by_fvcore(model: nn.Module, images: torch.Tensor) -> int:
-    """fvcore's count with handles for what it does not know.
+    """fvcore's count, with handles for operators that it does not know.
 
     Raises:
-        UserError: An operator has neither a handle nor a place among those without products worth counting.
+        UserError: An operator has no handle and is not among the negligible ones.
     """
     analysis = FlopCountAnalysis(model, images).set_op_handle(**HANDLES)
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings('none')
@@ -157,13 +157,13 @@ def _count_by_fvcore(model: nn.Module, images: torch.Tensor) -> int:
     unknown = sorted(op for op in analysis.unsupported_ops() if op.removesuffix('_') not in NEGLIGIBLE)
     if unknown:
         raise UserError(
-            f'{type(model).__name__} has operators that can not be counted: {", ".join(unknown)}; expected products, '
-            f'convolutions, attention, and what costs little next to them')
+            f'{type(model).__name__} has operators that cannot be counted: {", ".join(unknown)}; expected products, '
+            f'convolutions, attention, and operators of negligible cost')
     return macs
 
 
 def _count_matmul(inputs: list[Any], outputs: list[Any]) -> int:
-    """Also of operands that are broadcast, which fvcore's own handle misses."""
+    """A product, also of broadcast operands, which fvcore's own handle misses."""
     return math.prod(get_shape(outputs[0])) * get_shape(inputs[0])[-1]
 
 
@@ -177,20 +177,10 @@ def _count_attention(inputs: list[Any], outputs: list[Any]) -> int:
     return math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
-def _registered(op: Any) -> Any:
-    """A handle from the FLOP formula that an operator is registered with."""
-    def handle(inputs: list[Any], outputs: list[Any]) -> int:
-        return flop_registry[op](*(get_shape(x) or x.toIValue() for x in inputs)) // 2
-    return handle
-
-
 HANDLES: dict[str, Any] = {
     'aten::matmul': _count_matmul,
     'aten::baddbmm': _count_baddbmm,
     'aten::scaled_dot_product_attention': _count_attention,
-    'ls_vision::long_short_attention': _registered(torch.ops.ls_vision.long_short_attention),
-    'ls_vision::summarize': _registered(torch.ops.ls_vision.summarize),
-    'ls_vision::global_attention': _registered(torch.ops.ls_vision.global_attention),
     # fvcore counts these by elements; papers count products
     **dict.fromkeys((
         'aten::adaptive_avg_pool2d', 'aten::batch_norm', 'aten::grid_sampler', 'aten::group_norm',
@@ -201,7 +191,7 @@ HANDLES: dict[str, Any] = {
 
 @contextlib.contextmanager
 def _tracing_on_meta() -> Iterator[None]:
-    """Lets `torch.jit` trace tensors on the meta device, which it isn't made for."""
+    """Lets `torch.jit` trace tensors on the meta device, which it does not support."""
     thread = ThreadPoolExecutor(1, initializer=torch.set_grad_enabled, initargs=(False,))
     with thread, _RecordedConvolutions(), _UntracedKernels(thread):
         yield
@@ -210,8 +200,8 @@ def _tracing_on_meta() -> Iterator[None]:
 class _UntracedKernels(TorchDispatchMode):
     """Runs kernels in another thread.
 
-    Tracing, a state of the thread, makes tensors of all sizes, and the Python code that infers shapes on the meta
-    device takes numbers alone.
+    Tracing is a state of the thread that turns sizes into tensors, but the Python code that infers shapes on the meta
+    device needs numbers.
     """
 
     def __init__(self, executor: ThreadPoolExecutor):
@@ -230,7 +220,7 @@ class _UntracedKernels(TorchDispatchMode):
 
 
 class _RecordedConvolutions(TorchFunctionMode):
-    """Calls the operator that a trace holds for a convolution, and that only CPU and GPU kernels would call."""
+    """Calls the operator that a trace records for a convolution; otherwise only CPU and GPU kernels call it."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func in (torch.conv1d, torch.conv2d, torch.conv3d):

@@ -1,7 +1,7 @@
-"""Multiply-adds of layers in closed form, from their sizes alone; nothing here looks at what a layer computes.
+"""Multiply-adds of layers in closed form, from their sizes alone.
 
 Shapes: B batch, H x W grid, N = H * W tokens, g global tokens, L = g + N, C channels, r rank, w window size,
-K = (w + 2p)^2 keys of a window and nH x nW windows that cover the grid, those over its edge counted whole.
+K = (w + 2p)^2 keys of a window and nH x nW windows that cover the grid; windows at its edge count fully.
 """
 import math
 from collections.abc import Callable
@@ -32,7 +32,7 @@ def linear(layer: Any, args: tuple, out: torch.Tensor) -> Macs:
 
 
 def long_short_attention(layer: LongShortAttention2d, args: tuple, out: torch.Tensor) -> Macs:
-    """Of the attention proper, and of the map to queries, keys and values where it is one linear map.
+    """The attention itself, and the map to queries, keys and values where it is one linear map.
 
     Window: 2 nH nW w^2 K C. Long range: summaries 2 N r C, their and the global tokens' keys and values
     2 nH nW w^2 (r + g) C, and the global tokens' own attention 2 g (g + N) C.
@@ -45,8 +45,6 @@ def long_short_attention(layer: LongShortAttention2d, args: tuple, out: torch.Te
     return {
         'window': 2 * B * queries * keys * C,
         'long-range': 2 * B * C * (N * r + queries * (r + g) + g * (g + N)),
-        # a depthwise and a linear layer of their own make a convolutional projection
-        'linear': 0,
     }
 
 
@@ -57,12 +55,12 @@ def full_attention(layer: nn.Module, args: tuple, out: torch.Tensor) -> Macs:
 
 
 def window_attention(layer: nn.Module, args: tuple, out: torch.Tensor) -> Macs:
-    """2 w^2 C for each token, of windows that the layer gets as a batch."""
+    """2 w^2 C for each token; the layer gets windows as a batch."""
     B, L, C = args[0].shape
     return {'window': 2 * B * L ** 2 * C}
 
 
-# A layer's formula is that of the first class here that it is an instance of.
+# The formula of a layer is that of the first class that it is an instance of.
 FORMULAS: dict[type, Callable[[Any, tuple, torch.Tensor], Macs]] = {
     LongShortAttention2d: long_short_attention,
     FullAttention2d: full_attention,
@@ -81,7 +79,7 @@ def find_formula(layer: nn.Module) -> Any:
 
 
 def count_by_formula(model: nn.Module, images: torch.Tensor) -> Macs:
-    """Sum of the formulas of all layers that have one, at the sizes that they get in a forward pass.
+    """Sum of the formulas of all layers that have one, at the sizes of a forward pass.
 
     Args:
         model: In evaluation, on the device of the images; with both on the meta device nothing is computed.

@@ -1,4 +1,4 @@
-"""How times and memory are measured: calls in turns, ratios of the same round, peak memory, files that stay whole."""
+"""Measuring: alternating calls, ratios within a round, peak memory, and files of results."""
 import contextlib
 import datetime
 import json
@@ -19,6 +19,8 @@ import timm
 import torch
 from tqdm import tqdm
 
+from ls_vision.runtime.files import write_text
+
 
 def alternate(
         calls: dict[str, Callable[[], Any]],
@@ -26,7 +28,7 @@ def alternate(
         device: str = 'cpu',
         min_rounds: int = 3,
 ) -> dict[str, list[float]]:
-    """Seconds of each call in rounds of all, the order drawn anew in each; one round before to warm up."""
+    """Seconds of each call, in rounds of all calls in random order, after one warm-up round."""
     synchronize = torch.cuda.synchronize if device == 'cuda' else lambda: None
     times: dict[str, list[float]] = {kind: [] for kind in calls}
     order = list(calls)
@@ -54,7 +56,7 @@ def alternate(
 
 
 def ratio(times: list[float], others: list[float]) -> dict[str, float]:
-    """Median of the ratios of times of the same round, and the quartiles around it."""
+    """Median and quartiles of the ratios of times from the same round."""
     ratios = [a / b for a, b in zip(times, others, strict=True)]
     low, median, high = statistics.quantiles(ratios, n=4, method='inclusive')
     return dict(median=median, quartile_1=low, quartile_3=high)
@@ -66,12 +68,12 @@ def spread(result: dict[str, float]) -> str:
 
 
 def slope(x: Sequence[float], y: Sequence[float]) -> float:
-    """Of log y against log x, by least squares."""
+    """Slope of log y against log x, by least squares."""
     return statistics.linear_regression([math.log(v) for v in x], [math.log(v) for v in y]).slope
 
 
 def added_memory(call: Callable[[], Any], device: str) -> int:
-    """Bytes that a call takes at its peak above what was there: of the allocator on a GPU, else resident."""
+    """Bytes that a call adds at its peak: of the allocator on a GPU, otherwise of the resident size."""
     if device == 'cuda':
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -84,7 +86,7 @@ def added_memory(call: Callable[[], Any], device: str) -> int:
 
 
 def peak_resident_size(reset: bool = False) -> int:
-    """Bytes; with `reset` the peak is first forgotten, where the system can (Linux)."""
+    """Peak resident size of this process in bytes. With `reset` the peak is reset first, where possible (Linux)."""
     if reset:
         with contextlib.suppress(OSError):
             Path('/proc/self/clear_refs').write_text('5')
@@ -95,7 +97,7 @@ def peak_resident_size(reset: bool = False) -> int:
 
 
 def describe_machine(device: str, dtype: str, threads: int) -> dict[str, Any]:
-    """What a figure depends on besides the code, and the command that made it."""
+    """Hardware, software and command of a measurement."""
     name = torch.cuda.get_device_name() if device == 'cuda' else cpu_name()
     return dict(
         device=name, cores=os.cpu_count(), dtype=dtype, threads=threads, torch=torch.__version__, timm=timm.__version__,
@@ -103,7 +105,7 @@ def describe_machine(device: str, dtype: str, threads: int) -> dict[str, Any]:
 
 
 def command_line() -> str:
-    """What was typed to start this process, as far as it can be known."""
+    """The command that started this process, as far as it is known."""
     script = Path(sys.argv[0])
     installed = script.name == 'ls-vision' or script.parts[-2:] == ('ls_vision', '__main__.py')
     return shlex.join([*(['ls-vision'] if installed else ['python', sys.argv[0]]), *sys.argv[1:]])
@@ -117,11 +119,9 @@ def cpu_name() -> str:
 
 
 def write(path: Path, machine: dict[str, Any], rows: list[dict[str, Any]], markdown: str) -> None:
-    """PATH.json and PATH.md, each replaced as a whole; the Markdown says first where and how it was measured."""
+    """Writes PATH.json and PATH.md; the Markdown begins with the machine and the command."""
     head = ', '.join(f'{k} {v}' for k, v in machine.items() if k != 'command')
     path.parent.mkdir(parents=True, exist_ok=True)
     for suffix, text in (('.json', json.dumps(dict(machine=machine, rows=rows), indent=1)),
                          ('.md', f'{head}\n\n`{machine["command"]}`\n\n{markdown}')):
-        new = path.with_name(f'{path.name}{suffix}.new')
-        new.write_text(text + '\n')
-        new.replace(path.with_name(path.name + suffix))
+        write_text(path.with_name(path.name + suffix), text + '\n')

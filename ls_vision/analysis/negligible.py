@@ -1,6 +1,6 @@
-"""Operators without products worth counting, as a trace names them, those in place without their last underscore.
+"""Operators of negligible cost, by their names in a trace, in-place ones without their last underscore.
 
-Whatever is neither here nor counted is an error.
+An operator that is neither listed here nor counted is an error.
 """
 _ELEMENTWISE = '''
 abs add addcmul ceil clamp_max clamp_min cos div elu erf exp expm1 gelu hardsigmoid hardswish hardtanh leaky_relu

@@ -1,6 +1,6 @@
-"""Pictures of a run: its learning curve, its predictions, and what its long-short attention looks at.
+"""Pictures of a run: its learning curve, its predictions and its long-short attention.
 
-matplotlib is an optional dependency: nothing here is imported before a picture is drawn.
+matplotlib is an optional dependency: it is not imported before a picture is drawn.
 """
 import csv
 import importlib.util
@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ls_vision.inspect import Record, record
+from ls_vision.analysis.record import Record, record
 from ls_vision.models import HierarchicalTransformer
-from ls_vision.training.errors import UserError
+from ls_vision.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,7 +50,7 @@ def check_available() -> None:
 
 
 def pick_samples(dataset: Any, count: int, seed: int) -> Optional[Samples]:
-    """Draw images at random, without choosing, from a dataset whose transform gives uint8 images.
+    """Pick random images from a dataset whose transform returns uint8 images.
 
     Returns:
         The samples, or None where the dataset cannot be indexed.
@@ -63,7 +63,7 @@ def pick_samples(dataset: Any, count: int, seed: int) -> Optional[Samples]:
 
 
 def draw_learning_curve(summary: Path, path: Path) -> None:
-    """Draw loss and accuracy per epoch from a run's summary.csv."""
+    """Plot loss and accuracy per epoch from a run's summary.csv."""
     with open(summary, newline='') as file:
         rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
     epochs = [row['epoch'] + 1 for row in rows]
@@ -88,7 +88,7 @@ def draw_predictions(
         class_names: Optional[list[str]],
         path: Path,
 ) -> None:
-    """Draw test images with the predicted class, its probability and, where it is wrong, the true class."""
+    """Draw test images with the predicted class, its probability and, if it is wrong, the true class."""
     probabilities = predict(model, samples, data_config).softmax(dim=-1)
     confidence, predicted = probabilities.max(dim=-1)
     right = int((predicted == samples.targets).sum())
@@ -123,21 +123,21 @@ def draw_attention(
         class_names: Optional[list[str]],
         path: Path,
 ) -> bool:
-    """Draw what the long-short attention of a model looks at in one image.
+    """Draw the long-short attention of a model in one image.
 
-    On the left, a query token of the first such layer, the window it is in and the keys around it. On the right, per
-    head, the r maps of the dynamic projection: how much each place of the image adds to each of the r summaries that
-    every token sees. Shown for the first long-short layer of each stage.
+    On the left is a query token of the first such layer with its window and the keys around it. On the right are, for
+    each head, the r maps of the dynamic projection: the weight of each position in each of the r summaries that every
+    token attends to. They are shown for the first long-short layer of each stage.
 
     Args:
-        model: Any model; only its long-short attention is drawn.
-        samples: The first image that the model classifies rightly is taken, else the first one.
+        model: Any model; only long-short attention is drawn.
+        samples: Images, of which the first that the model classifies correctly is drawn, or else the first.
         data_config: Normalisation of the images.
         class_names: Names by class index.
         path: PNG to write.
 
     Returns:
-        False, with nothing drawn, for a model without a dynamic projection.
+        False for a model without a dynamic projection, for which nothing is drawn.
     """
     predicted = predict(model, samples, data_config).argmax(dim=-1)
     index = int((predicted == samples.targets).int().argmax())
@@ -168,7 +168,7 @@ def window_bounds(
         feat_size: tuple[int, int],
         window_size: int,
 ) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
-    """Where a query token (row, column) looks: its window and the keys around it, within the grid.
+    """The window of a query token (row, column) and the keys around it, within the grid.
 
     Returns:
         Two boxes (top, left, bottom, right) in tokens, the end excluded.
@@ -184,14 +184,14 @@ def window_bounds(
 
 
 def normalize(images: Tensor, data_config: dict[str, Any], model: nn.Module) -> Tensor:
-    """(B, 3, H, W) uint8 -> what the model was trained on, on its device."""
+    """(B, 3, H, W) uint8 -> normalised images on the model's device."""
     device = next(model.parameters()).device
     mean, std = (torch.tensor(data_config[name]).view(1, -1, 1, 1) for name in ('mean', 'std'))
     return ((images.float() / 255 - mean) / std).to(device)
 
 
 def new_figure(width: float, height: float, constrained: bool = True) -> 'Figure':
-    """A figure of its own, which needs no display and leaves pyplot's state alone."""
+    """A figure that needs no display and does not touch pyplot's state."""
     if not is_available():
         raise ImportError(INSTALL_HINT)
     from matplotlib.figure import Figure
@@ -206,7 +206,7 @@ def _draw_curves(
         curves: tuple[tuple[str, str, str], ...],
         number: str,
 ) -> None:
-    """Curves (column, label, colour), each named at its end instead of in a legend."""
+    """Curves (column, label, colour), each labelled at its end instead of in a legend."""
     from matplotlib.ticker import MaxNLocator
 
     highest = max(rows[-1][column] for column, _, _ in curves)
@@ -253,7 +253,7 @@ def _draw_attention_figure(image: Tensor, truth: str, layers: list[Record]) -> '
     write(margin, 0.3, 'Short range', **title)
     write(margin, 0.56, f'one window of the first layer, on a test image ({truth})', **note)
     write(maps_left, 0.3, 'Long range: the dynamic projection', **title)
-    write(maps_left, 0.56, 'where each summary takes its content from; numbers: peak over uniform weight', **note)
+    write(maps_left, 0.56, 'positions that each summary is made of; numbers: peak relative to uniform weight', **note)
 
     feat_size = layers[0].feat_size
     draw_window(place(margin, header, picture), image, layers[0], (feat_size[0] // 2, feat_size[1] // 2))
@@ -270,7 +270,7 @@ def _draw_attention_figure(image: Tensor, truth: str, layers: list[Record]) -> '
 
 
 def draw_map(axes: 'Axes', image: Tensor, weights: Tensor) -> None:
-    """A map (H, W) of any sum as heat over the grey image; the number is its peak as a multiple of its mean."""
+    """A map (H, W) as heat over the grey image; the number is its peak as a multiple of its mean."""
     extent = (-0.5, image.shape[2] - 0.5, image.shape[1] - 0.5, -0.5)
     grey = image.float().mean(dim=0).numpy() / 255
     axes.imshow(0.35 + 0.65 * grey, cmap='gray', vmin=0, vmax=1, interpolation='bicubic')
@@ -284,7 +284,7 @@ def draw_map(axes: 'Axes', image: Tensor, weights: Tensor) -> None:
 
 
 def draw_window(axes: 'Axes', image: Tensor, layer: Record, query: tuple[int, int]) -> None:
-    """The image with a query token, its window, and the keys around it; what the window cannot see is veiled."""
+    """The image with a query token, its window and the keys around it; everything else is darkened."""
     from matplotlib.patches import Rectangle
 
     feat_size = layer.feat_size
@@ -311,7 +311,7 @@ def _veil_all_but_keys(
         layer: Record,
         query: tuple[int, int],
 ) -> None:
-    """Outlines the window and its keys, and says beneath the image what is what."""
+    """Outlines the window and its keys, darkens the rest, and adds a legend below the image."""
     assert layer.window_size
     window, keys = window_bounds(query, layer.feat_size, layer.window_size)
     height, width = layer.feat_size

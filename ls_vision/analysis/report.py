@@ -1,4 +1,4 @@
-"""What a run of `ls-vision scale` found: plots, a page that needs no network, a summary in Markdown."""
+"""The report of a run of `ls-vision scale`: plots, a self-contained page, a summary in Markdown."""
 import base64
 import functools
 import html
@@ -19,7 +19,8 @@ from ls_vision.analysis.scale import Results
 from ls_vision.analysis.tables import Columns, markdown
 from ls_vision.analysis.zoo import PUBLISHED, build, default_size, size_name
 from ls_vision.layers import LongShortAttention2d
-from ls_vision.training.errors import UserError
+from ls_vision.runtime.errors import UserError
+from ls_vision.runtime.files import atomic_write, write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,10 +37,10 @@ class Quantity(NamedTuple):
     name: str
     unit: str
     mode: Optional[str]
-    """Of the points that it is read from; None where it is the same in all."""
+    """Mode of the points that it is read from; None where it does not depend on the mode."""
     read: Callable[[dict[str, Any]], float]
     less: str
-    """What a model needs less of where it is smaller."""
+    """Name of the quantity in 'needs less ...'."""
 
 
 QUANTITIES = (
@@ -53,7 +54,7 @@ QUANTITIES = (
 
 
 class Report:
-    """The rows of a run at its smallest batch size, ready to be asked."""
+    """The rows of a run at its smallest batch size."""
 
     def __init__(self, results: Results):
         self.results = results
@@ -77,7 +78,7 @@ class Report:
         return slope([side ** 2 for side in known], list(known.values())) if len(known) > 1 else None
 
     def pairs(self) -> list[tuple[str, str]]:
-        """Each model with long-short attention and each without."""
+        """Each model with long-short attention, paired with each model without."""
         long_short = [model for model in self.models if has_long_short_attention(model)]
         return [(ours, theirs) for ours in long_short for theirs in self.models if theirs not in long_short]
 
@@ -92,15 +93,16 @@ def write(results: Results, folder: Path) -> Path:
         reasons = '; '.join(sorted({f'{row["model"]}: {row["message"]}' for row in results.rows}))
         raise UserError(f'{results.path}: nothing was measured. {reasons}')
     report = Report(results)
-    _replace(folder / 'scaling.png', _image(draw_overview(report), 'png'))
-    _replace(folder / 'report.html', page(report).encode())
-    _replace(folder / 'summary.md', summary(report).encode())
+    with atomic_write(folder / 'scaling.png') as file:
+        draw_overview(report).savefig(file, format='png')
+    write_text(folder / 'report.html', page(report))
+    write_text(folder / 'summary.md', summary(report))
     return folder / 'summary.md'
 
 
 @functools.cache
 def has_long_short_attention(name: str) -> bool:
-    """Whether any layer of a registered model is one of long-short attention."""
+    """Whether a registered model has a layer of long-short attention."""
     model = build(name, default_size(name), torch.device('meta'))
     return any(isinstance(module, LongShortAttention2d) for module in model.modules())
 
@@ -111,12 +113,6 @@ def _long_short_first(name: str) -> bool:
 
 def _area(row: dict[str, Any]) -> int:
     return row['img_size'][0] * row['img_size'][1]
-
-
-def _replace(path: Path, content: bytes) -> None:
-    new = path.with_name(f'{path.name}.new')
-    new.write_bytes(content)
-    new.replace(path)
 
 
 # ---- plots -----------------------------------------------------------------------------------------------------------
@@ -165,7 +161,7 @@ def draw_growth(axes: 'Axes', report: Report, quantity: Quantity) -> None:
 
 
 def _labels(sides: list[float]) -> list[str]:
-    """Tick labels from the largest side down, but for those that would touch the one before."""
+    """Tick labels; those that would touch the next larger one are empty."""
     labels: list[str] = []
     labelled = math.inf
     for side in reversed(sides):
@@ -176,7 +172,7 @@ def _labels(sides: list[float]) -> list[str]:
 
 
 def draw_accuracy(axes: 'Axes', report: Report) -> bool:
-    """Published top-1 against measured throughput at the size of the publication; False where there is nothing."""
+    """Published top-1 against measured throughput at the published size; False where there is no such model."""
     found = False
     for number, model in enumerate(report.models):
         best = max((
@@ -202,16 +198,10 @@ def _style(axes: 'Axes') -> None:
         spine.set(visible=name in ('left', 'bottom'), color=pictures.LIGHT)
 
 
-def _image(figure: 'Figure', kind: str) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=kind)
-    return buffer.getvalue()
-
-
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 def growth_table(report: Report, quantity: Quantity) -> Table:
-    """Models down, sizes across, and the fitted exponent."""
+    """A row per model, a column per size, and the fitted exponent."""
     curves = {model: report.curve(quantity, model) for model in report.models}
     sizes = {math.sqrt(_area(row)): size_name(tuple(row['img_size'])) for row in sorted(report.rows, key=_area)}
     columns: dict[str, Callable[[str], Any]] = {'model': lambda model: model}
@@ -222,7 +212,7 @@ def growth_table(report: Report, quantity: Quantity) -> Table:
 
 
 def crossover_table(report: Report) -> Table:
-    """For each model with long-short attention and each without, from which size on the first needs less."""
+    """For each pair of models with and without long-short attention, the size from which the first needs less."""
     columns: dict[str, Callable[[tuple[str, str]], Any]] = {'model': lambda pair: pair[0], 'than': lambda pair: pair[1]}
     for quantity in report.quantities:
         columns[quantity.less] = functools.partial(_crossover_cell, report, quantity)
@@ -234,7 +224,7 @@ def _crossover_cell(report: Report, quantity: Quantity, pair: tuple[str, str]) -
 
 
 def points_table(report: Report) -> Table:
-    """Everything that was measured."""
+    """All measured points."""
     def measured(read: Callable[[dict[str, Any]], float], digits: int) -> Callable[[dict[str, Any]], str]:
         return lambda row: f'{read(row):.{digits}f}' if row['status'] == 'ok' else ''
 
@@ -268,14 +258,14 @@ def _exponent_cell(report: Report, quantity: Quantity, model: str) -> str:
 
 
 def _number(value: Optional[float]) -> str:
-    """Three digits or more."""
+    """A number with at least three digits."""
     if value is None:
         return ''
     return f'{value:,.{max(0, 2 - math.floor(math.log10(abs(value) or 1)))}f}'
 
 
 def summary(report: Report) -> str:
-    """The findings in Markdown."""
+    """All tables in Markdown."""
     machine = report.results.machine
     parts = [
         '# Growth with the image', _describe_run(report), f'`{machine["command"]}`',
@@ -286,7 +276,7 @@ def summary(report: Report) -> str:
 
 
 def digest(report: Report, side: float = 1024.) -> str:
-    """What a README says of a run: growth, crossovers, and memory of training at one size."""
+    """The summary for a README: growth, crossovers, and training memory at one size."""
     columns: dict[str, Callable[[str], Any]] = {'grows ~ pixels^': lambda model: f'`{model}`'}
     for quantity in report.quantities:
         columns[quantity.name] = functools.partial(_exponent_cell, report, quantity)
@@ -297,7 +287,7 @@ def digest(report: Report, side: float = 1024.) -> str:
 
 
 def compare_at(report: Report, quantity: Quantity, side: float) -> str:
-    """A quantity of all models at one size, as multiples of the long-short model that takes least."""
+    """A quantity of all models at one size, as multiples of the best long-short model."""
     curves = {model: report.curve(quantity, model) for model in report.models}
     values = {model: curve[side] for model, curve in curves.items() if side in curve}
     ours = [(value, model) for model, value in values.items() if value is not None and has_long_short_attention(model)]
@@ -307,7 +297,7 @@ def compare_at(report: Report, quantity: Quantity, side: float) -> str:
     texts = [f'`{first}` {_number(least)} {quantity.unit}']
     for model, value in values.items():
         if value is None:
-            # whole multiples: the limit holds for all of a process, also for what it took before it had a model
+            # rounded down, because the limit also covers what the process uses besides the model
             limit = report.results.settings.memory_limit / 2 ** 30
             on_cpu = quantity.unit == 'GiB' and report.results.settings.device == 'cpu'
             more = f' of {limit:.1f} GiB, more than {math.floor(limit / least)} times' if on_cpu else ''
@@ -324,13 +314,13 @@ def _describe_run(report: Report) -> str:
     return (
         f'{machine["device"]}, {machine["threads"]} threads{memory}; {machine["dtype"]}, batch {report.batch_size}; '
         f'torch {machine["torch"]}, timm {machine["timm"]}, Python {machine["python"]}; {machine["date"]}. Medians; '
-        f'memory is the peak of a fresh process above what it took before it had a model.')
+        f'memory is the peak of a fresh process minus its memory before the model was built.')
 
 
 # ---- page ------------------------------------------------------------------------------------------------------------
 
 def page(report: Report) -> str:
-    """One HTML file with everything in it."""
+    """One HTML file that needs no other files."""
     figures = []
     for quantity in report.quantities:
         figure = pictures.new_figure(5.6, 5)
@@ -350,7 +340,9 @@ def page(report: Report) -> str:
 
 
 def _figure_element(figure: 'Figure', text: str) -> str:
-    data = base64.b64encode(_image(figure, 'svg')).decode()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format='svg')
+    data = base64.b64encode(buffer.getvalue()).decode()
     return f'<figure><img alt="{html.escape(text)}" src="data:image/svg+xml;base64,{data}"></figure>'
 
 

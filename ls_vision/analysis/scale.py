@@ -1,7 +1,6 @@
-"""Measures models over image sizes; whatever is measured is on disk at once, and a run that was stopped can go on."""
+"""Measures models over image sizes; every result is saved at once, so that an interrupted run can be resumed."""
 import contextlib
 import json
-import os
 import random
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,10 +13,11 @@ from ls_vision.analysis.flops import count
 from ls_vision.analysis.measure import describe_machine
 from ls_vision.analysis.worker import Point, Settings, visit
 from ls_vision.analysis.zoo import ImageSize, size_name
-from ls_vision.training.errors import UserError
+from ls_vision.runtime.errors import UserError
+from ls_vision.runtime.files import write_text
 
 FINAL = ('ok', 'out of memory')
-"""States of a point that no run tries again."""
+"""States in which a point is not measured again."""
 
 
 def plan(
@@ -26,7 +26,7 @@ def plan(
         batch_sizes: Sequence[int],
         modes: Sequence[str],
 ) -> list[Point]:
-    """All points, small images first, so that a stopped run has whole sizes; else in random order."""
+    """All points, small images first, so that an interrupted run has complete sizes; otherwise in random order."""
     points = [
         Point(model, size, batch_size, mode)
         for model in models for size in sizes for batch_size in batch_sizes for mode in modes]
@@ -36,7 +36,7 @@ def plan(
 
 
 class Results:
-    """The points of a run and what was measured of them, always the same as the file."""
+    """The measured points of a run; the file always has the same content."""
 
     def __init__(self, path: Path, machine: dict[str, Any], settings: Settings, rows: Sequence[dict[str, Any]] = ()):
         self.path = path
@@ -46,22 +46,22 @@ class Results:
 
     @classmethod
     def create(cls, path: Path, settings: Settings, resume: bool) -> 'Results':
-        """New results, or with `resume` those of a file that was made on this machine in the same way.
+        """New results or, with `resume`, those of a file from this machine and with the same settings.
 
         Raises:
-            UserError: There is a file and it is not to be resumed, or can't be.
+            UserError: The file exists and is not to be resumed, or cannot be.
         """
         machine = describe_machine(settings.device, settings.dtype, settings.threads)
         if not path.exists():
             return cls(path, machine, settings)
         if not resume:
-            raise UserError(f'{path} has results already; go on with --resume, or name another folder with --out')
+            raise UserError(f'{path} already has results; continue with --resume, or name another folder with --out')
         results = cls.load(path)
         for name in ('device', 'dtype', 'threads', 'torch', 'timm'):
             if results.machine[name] != machine[name]:
                 raise UserError(
-                    f'{path} was measured with {name} {results.machine[name]}, this is {machine[name]}: results would '
-                    f'not be comparable; name another folder with --out')
+                    f'{path} was measured with {name} {results.machine[name]}, now it is {machine[name]}: the results '
+                    f'would not be comparable; name another folder with --out')
         return cls(path, results.machine, settings, results.rows)
 
     @classmethod
@@ -71,18 +71,13 @@ class Results:
             content = json.loads(path.read_text())
             return cls(path, content['machine'], Settings(**content['settings']), content['rows'])
         except (OSError, ValueError, KeyError, TypeError) as e:
-            raise UserError(f'{path}: no results of `ls-vision scale`: {e}') from e
+            raise UserError(f'{path} does not hold results of `ls-vision scale`: {e}') from e
 
     def save(self) -> None:
         """Replaces the file as a whole."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        new = self.path.with_name(f'{self.path.name}.new')
         content = dict(machine=self.machine, settings=self.settings._asdict(), rows=self.rows)
-        with open(new, 'w') as file:
-            file.write(json.dumps(content, indent=1) + '\n')
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(self.path)
+        write_text(self.path, json.dumps(content, indent=1) + '\n')
 
     def find(self, point: Point) -> Optional[dict[str, Any]]:
         """The point's row, if it has one."""
@@ -90,7 +85,7 @@ class Results:
         return next((r for r in self.rows if (r['model'], r['img_size'], r['batch_size'], r['mode']) == key), None)
 
     def add(self, point: Point, result: dict[str, Any], costs: dict[str, int]) -> None:
-        """Puts a visit's result into the point's row and the row on disk."""
+        """Adds the result of a visit to the row of its point, and saves."""
         row = self.find(point)
         if row is None:
             row = dict(point._asdict(), img_size=list(point.img_size), **costs, visits=[])
@@ -111,10 +106,10 @@ def summarize(row: dict[str, Any]) -> dict[str, Any]:
         memory=max(visited['memory'] for visited in row['visits']))
 
 
-def run(points: Iterable[Point], results: Results, rounds: int) -> None:
-    """Visits every point once in each round, so that what a machine does meanwhile hits all models alike.
+def measure_points(points: Iterable[Point], results: Results, rounds: int) -> None:
+    """Measures every point once per round, so that other load on the machine affects all models alike.
 
-    Points that are in the results already, or ran out of memory, are not visited again.
+    Points that already have all their visits, or ran out of memory, are skipped.
     """
     points = list(points)
     missing = [(number, point) for number in range(rounds) for point in points if _is_missing(results, point, number)]

@@ -8,11 +8,11 @@ from typing import Any
 FORMATS = ('markdown', 'csv', 'json')
 
 Columns = Mapping[str, Callable[[Any], Any]]
-"""How a row's cell in each column comes about."""
+"""The function that makes the cell of a row, by column."""
 
 
 def markdown(rows: Sequence[Any], columns: Columns) -> str:
-    """A table with its cells padded, so that it can be read as it is; columns of numbers are right-aligned."""
+    """A table with padded cells, readable as plain text; columns of numbers are right-aligned."""
     cells = [[_text(cell(row)) for cell in columns.values()] for row in rows]
     numeric = [all(text[:1].isdigit() or not text for text in column) for column in zip(*cells)]
     widths = [max(3, *(len(line[i]) for line in [list(columns), *cells])) for i in range(len(columns))]
@@ -26,7 +26,7 @@ def markdown(rows: Sequence[Any], columns: Columns) -> str:
 
 
 def comma_separated(rows: Sequence[Mapping[str, Any]]) -> str:
-    """CSV with a line of names; entries of dicts have columns of their own, named `outer.inner`."""
+    """CSV with a header; entries of dicts get columns of their own, named `outer.inner`."""
     flat = [_flatten(row) for row in rows]
     names = list(dict.fromkeys(name for row in flat for name in row))
     file = io.StringIO()
@@ -37,12 +37,12 @@ def comma_separated(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def json_lines(rows: Sequence[Mapping[str, Any]]) -> str:
-    """One object a line."""
+    """One JSON object per line."""
     return '\n'.join(json.dumps(row) for row in rows)
 
 
 def render(kind: str, rows: Sequence[Mapping[str, Any]], columns: Columns) -> str:
-    """One of `FORMATS`: all entries of the rows, or the columns alone in Markdown."""
+    """The rows in one of `FORMATS`: all of their entries, or only the columns in Markdown."""
     if kind == 'json':
         return json_lines(rows)
     return comma_separated(rows) if kind == 'csv' else markdown(rows, columns)

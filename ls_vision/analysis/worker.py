@@ -1,4 +1,4 @@
-"""Time and peak memory of one model at one size, in a process that does nothing else and may run out of memory."""
+"""Time and peak memory of one model at one size, in a process of its own that may run out of memory."""
 import gc
 import multiprocessing
 import os
@@ -16,7 +16,8 @@ from torch import nn
 
 from ls_vision.analysis.measure import peak_resident_size
 from ls_vision.analysis.zoo import ImageSize, build
-from ls_vision.training.errors import UserError, first_line
+from ls_vision.runtime.devices import is_out_of_memory
+from ls_vision.runtime.errors import UserError, first_line
 
 MODES = ('inference', 'training')
 
@@ -36,9 +37,9 @@ class Settings(NamedTuple):
     dtype: str
     threads: int
     seconds: float
-    """Calls go on for this long; a call that takes longer is the only one."""
+    """Time of the repeated calls; a call that takes longer is measured once."""
     memory_limit: int
-    """Bytes that a process on the CPU may take; more is 'out of memory'."""
+    """Bytes that a process on the CPU may allocate; beyond that it is 'out of memory'."""
 
 
 def visit(point: Point, settings: Settings) -> dict[str, Any]:
@@ -49,16 +50,16 @@ def visit(point: Point, settings: Settings) -> dict[str, Any]:
         `message`.
     """
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload([__name__])  # so that a process starts in no time
+    context.set_forkserver_preload([__name__])  # so that processes start fast
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(point, settings, sender), daemon=True)
     process.start()
     sender.close()
     try:
         return receiver.recv()
-    except EOFError:  # it died without a word
+    except EOFError:  # it was killed
         process.join()
-        if process.exitcode == -9:  # by the system's hand
+        if process.exitcode == -9:  # by the system's out-of-memory killer
             return dict(status='out of memory')
         return dict(status='failed', message=f'the process ended with {process.exitcode}')
     finally:
@@ -67,17 +68,12 @@ def visit(point: Point, settings: Settings) -> dict[str, Any]:
 
 
 def _work(point: Point, settings: Settings, sender: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles it
     threading.Thread(target=_die_with_parent, daemon=True).start()
     try:
         result = measure(point, settings)
-    except (MemoryError, RuntimeError) as e:
-        if not _is_out_of_memory(e):
-            result = dict(status='failed', message=first_line(e))
-        else:
-            result = dict(status='out of memory')
-    except (UserError, AssertionError, ValueError) as e:
-        result = dict(status='failed', message=first_line(e))
+    except (UserError, AssertionError, MemoryError, RuntimeError, ValueError) as e:
+        result = dict(status='out of memory') if is_out_of_memory(e) else dict(status='failed', message=first_line(e))
     sender.send(result)
 
 
@@ -88,17 +84,11 @@ def _die_with_parent() -> None:
     os._exit(1)
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    text = str(error)
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
-        sign in text for sign in ("can't allocate memory", 'bad_alloc', 'not enough memory', 'out of memory'))
-
-
 def measure(point: Point, settings: Settings) -> dict[str, Any]:
     """Measures a point in this process; see `visit`.
 
-    Memory is what weights, gradients, optimiser and activations take: of the allocator on a GPU, on the CPU the
-    resident size above that of the process before it had a model.
+    Memory is that of weights, gradients, optimiser and activations. On a GPU it is the allocator's peak, on the CPU the
+    peak resident size minus the resident size before the model was built.
     """
     torch.set_num_threads(settings.threads)
     _warm_up_libraries(settings.device)
@@ -109,14 +99,14 @@ def measure(point: Point, settings: Settings) -> dict[str, Any]:
         if settings.device == 'cuda':
             torch.cuda.reset_peak_memory_stats()
         else:
-            peak_resident_size(reset=True)  # forget what it took to make the weights
+            peak_resident_size(reset=True)  # ignore the initialisation of the weights
         seconds = _time(call, settings)
     peak = torch.cuda.max_memory_allocated() if settings.device == 'cuda' else peak_resident_size()
     return dict(status='ok', seconds=seconds, memory=peak - before)
 
 
 def _warm_up_libraries(device: str) -> None:
-    """Has pages of libraries and what they set up on first use be there before memory is measured."""
+    """Load what libraries set up on first use before memory is measured."""
     layers = nn.Conv2d(3, 8, 4, 4), nn.Flatten(2), nn.LayerNorm(64), nn.GELU(), nn.Linear(64, 8)
     model = nn.Sequential(*layers).to(device)
     model(torch.randn(2, 3, 32, 32, device=device)).sum().backward()
@@ -151,7 +141,7 @@ def _prepare(point: Point, settings: Settings) -> Callable[[], Any]:
 
 
 def _time(call: Callable[[], Any], settings: Settings) -> list[float]:
-    """Seconds of each call after a first one to warm up, or of that one where it takes longer than all others may."""
+    """Seconds of each call after a warm-up call; only of that one where it takes longer than `settings.seconds`."""
     def timed_call() -> float:
         start = time.perf_counter()
         call()
@@ -170,7 +160,7 @@ def _time(call: Callable[[], Any], settings: Settings) -> list[float]:
 
 @contextmanager
 def _memory_limit(settings: Settings) -> Iterator[None]:
-    """Makes allocations beyond the limit fail, on the CPU, before the system has to choose a victim."""
+    """Makes allocations beyond the limit fail, on the CPU, before the system kills a process."""
     if settings.device == 'cuda':
         yield
         return
@@ -185,7 +175,7 @@ def _memory_limit(settings: Settings) -> Iterator[None]:
 
 
 def available_memory() -> Optional[int]:
-    """Bytes that processes can still take without swapping; None where the system doesn't say."""
+    """Bytes that processes can still allocate without swapping; None where the system does not say."""
     try:
         with open('/proc/meminfo') as file:
             lines = dict(line.split(':') for line in file)

@@ -1,5 +1,4 @@
-"""Models by name: which there are, what was published of them, and how one is built for an image size."""
-import difflib
+"""Models by name: the registered ones, their published accuracy, and building one for an image size."""
 from typing import Any, NamedTuple, Union
 
 import timm
@@ -7,7 +6,8 @@ import torch
 from torch import nn
 
 import ls_vision.models  # noqa: F401  registers the models
-from ls_vision.training.errors import UserError, first_line
+from ls_vision.runtime.errors import UserError, first_line
+from ls_vision.runtime.spelling import did_you_mean
 
 ImageSize = tuple[int, int]
 """Height and width in pixels."""
@@ -45,16 +45,15 @@ def own_models() -> list[str]:
 
 
 def check_model(name: str) -> None:
-    """Raises UserError, with the nearest names, where no model is registered under a name."""
+    """Raises UserError, with similar names, where no model is registered under a name."""
     if timm.is_model(name.split('.')[0]):
         return
-    near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.7)
-    hint = f'did you mean {", ".join(near)}?' if near else '`ls-vision models` and timm.list_models() name them.'
-    raise UserError(f'unknown model {name!r}; {hint}')
+    hint = did_you_mean(name, timm.list_models(), count=3) or '; timm.list_models() lists the names'
+    raise UserError(f'unknown model {name!r}{hint}')
 
 
 def default_size(name: str) -> ImageSize:
-    """The image size that a model is made for."""
+    """The image size that a model is configured for."""
     _, height, width = _config(name).input_size
     return height, width
 
@@ -79,11 +78,11 @@ def size_name(size: ImageSize) -> str:
 def build(name: str, size: ImageSize, device: Union[str, torch.device] = 'cpu', **kwargs: Any) -> nn.Module:
     """A model with random weights that takes images of a size.
 
-    Models that are made for one size (`fixed_input_size` in timm's configuration: ViT, Swin) are built for this
-    one; all others, ours among them, take any and are built as they are registered.
+    Models for a fixed size (`fixed_input_size` in timm's configuration: ViT, Swin) are built for this size. All others,
+    those of this package included, accept any size and are built as registered.
 
     Raises:
-        UserError: There is no such model, or it can't be built for the size.
+        UserError: There is no such model, or it cannot be built for the size.
     """
     check_model(name)
     if _config(name).fixed_input_size and size != default_size(name):
@@ -92,7 +91,7 @@ def build(name: str, size: ImageSize, device: Union[str, torch.device] = 'cpu', 
         with torch.device(device):
             return timm.create_model(name, **kwargs)
     except (AssertionError, RuntimeError, TypeError, ValueError) as e:
-        raise UserError(f'{name} can not be built for images of {size_name(size)}: {first_line(e)}') from e
+        raise UserError(f'{name} cannot be built for images of {size_name(size)}: {first_line(e)}') from e
 
 
 def _config(name: str) -> Any:

@@ -1,1 +1,1 @@
-"""Data that timm's readers lack: small real sets, fetched and checked."""
+"""Datasets: strict image reading, folder layouts, and small real datasets that are fetched and verified."""

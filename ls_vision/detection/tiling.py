@@ -20,23 +20,23 @@ def detect(
         max_dets: int = 100,
         batch_size: int = 1,
 ) -> Detections:
-    """Boxes of an image, found in the whole of it or tile by tile.
+    """Detect objects in a whole image or tile by tile.
 
-    A box counts in the one tile whose core, the tile without half of its overlaps, holds the box's centre; what is left
-    of an object twice near the border of two cores, a last non-maximum suppression merges. Objects up to the size
-    of the overlap are seen whole by the tile that they count in.
+    The core of a tile is the tile without half of its overlaps. A box counts only in the tile whose core contains its
+    centre. A final non-maximum suppression merges duplicates near the border of two cores. An object no larger than
+    the overlap lies completely within the tile in which it counts.
 
     Args:
         model: A torchvision detector in evaluation.
         image: (3, H, W) from 0 to 1, on the model's device.
-        tile_size: Side of tiles in pixels; None looks at the whole image, as does an image no larger than a tile.
-        overlap: Pixels that neighbouring tiles share at least.
-        nms_thresh: IoU above which the weaker of two boxes of a class goes.
-        max_dets: Most boxes to return.
-        batch_size: Tiles that the model takes at a time.
+        tile_size: Side of the tiles in pixels. With None, or if the image is no larger, the whole image is one tile.
+        overlap: Smallest overlap of neighbouring tiles in pixels.
+        nms_thresh: IoU above which the weaker of two boxes of a class is dropped.
+        max_dets: Largest number of boxes to return.
+        batch_size: Tiles per forward pass.
 
     Returns:
-        `boxes` (N, 4), `scores` (N,) and `labels` (N,), the best first; `masks` too for a whole image.
+        `boxes` (N, 4), `scores` (N,) and `labels` (N,), the best first; for a whole image also `masks`.
 
     Raises:
         ValueError: The overlap is not smaller than a tile, or negative.
@@ -58,7 +58,7 @@ def detect(
 
 
 def make_tiles(height: int, width: int, tile_size: int, overlap: int) -> Iterator[Tile]:
-    """Tiles that cover an image, row by row; those at its right and lower edges end with it."""
+    """Tiles that cover an image, row by row; the last ones end at its right and lower edges."""
     if not 0 <= overlap < tile_size:
         raise ValueError(f'overlap {overlap}: must be 0 or more and below the tile size {tile_size}')
     for top in _starts(height, tile_size, overlap):
@@ -76,7 +76,7 @@ def _starts(length: int, tile_size: int, overlap: int) -> list[int]:
 
 
 def _in_core(found: Detections, tile: Tile, size: tuple[int, int], tiles: list[Tile]) -> Detections:
-    """The boxes whose centre the tile's core holds, in pixels of the image."""
+    """The boxes whose centre lies in the tile's core, in pixels of the image."""
     height, width = size
     x_bounds = _core(tile[0], tile[2], width, {(t[0], t[2]) for t in tiles})
     y_bounds = _core(tile[1], tile[3], height, {(t[1], t[3]) for t in tiles})

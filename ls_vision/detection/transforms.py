@@ -1,4 +1,4 @@
-"""Augmentation of images with boxes and masks: torchvision's transforms, and the two that it lacks."""
+"""Augmentation of images with boxes and masks: torchvision's transforms, and two that it lacks."""
 import math
 from typing import Any, Callable, Sequence
 
@@ -14,10 +14,10 @@ MIN_VISIBLE = .3  # share of an object's box that a crop must show to keep the o
 
 
 class RandomScaleCrop(nn.Module):
-    """A square from anywhere in the image, seen at a random scale.
+    """A random square crop at a random scale.
 
-    Only what the crop needs is resized, so that the size of the image doesn't matter. Of an image with a side shorter
-    than the crop, the whole of that side is taken.
+    Only the cropped region is resized, so the time does not depend on the size of the image. If a side of the image is
+    shorter than the crop, the whole side is taken.
 
     Args:
         size: Side of the result in pixels.
@@ -44,7 +44,7 @@ class RandomScaleCrop(nn.Module):
 
 
 class RandomTranspose(nn.Module):
-    """Exchange of rows and columns; with both flips all eight ways to hold a photograph taken from above."""
+    """Exchange of rows and columns; with both flips it gives all eight orientations of an aerial photograph."""
 
     def __init__(self, p: float = .5):
         super().__init__()
@@ -64,7 +64,7 @@ class RandomTranspose(nn.Module):
 
 
 def shown(full: Tensor, cropped: Tensor) -> Tensor:
-    """Share of each box's area that is left of it."""
+    """Share of each box's area that remains."""
     sides = full[:, 2:] - full[:, :2]
     left = cropped[:, 2:] - cropped[:, :2]
     return left.clamp(min=0).prod(1) / sides.prod(1).clamp(min=1e-6)
@@ -87,7 +87,7 @@ def create_train_transform(
         transpose: float,
         color_jitter: float,
 ) -> Callable[[tv_tensors.Image, dict[str, Any]], Sample]:
-    """What happens to an image in training; parts with a probability or strength of 0 are left out."""
+    """The augmentation of training images; parts with a probability or strength of 0 are left out."""
     parts: list[nn.Module] = []
     if crop_size is not None:
         parts.append(RandomScaleCrop(crop_size, crop_scale))

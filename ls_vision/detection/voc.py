@@ -12,14 +12,14 @@ CORNERS = ('xmin', 'ymin', 'xmax', 'ymax')
 
 
 class VocReader:
-    """Reads the files of a set; every bad record becomes a problem and is left out."""
+    """Reads the files of a set. Every bad record is left out and reported as a problem."""
 
     def __init__(self, image_dir: Optional[Path]):
         self.image_dir = image_dir
         self.problems: list[Problem] = []
 
     def read_file(self, file: Path, names: Optional[Sequence[str]]) -> Optional[dict[str, Any]]:
-        """Image and objects of one file, or None where they can't be used."""
+        """Image and objects of one file, or None where they cannot be used."""
         try:
             root = ET.parse(file).getroot()
         except ET.ParseError as e:
@@ -86,9 +86,9 @@ class VocReader:
 
 
 def read_voc(path: Path, image_dir: Optional[Path], class_names: Optional[Sequence[str]]) -> Annotations:
-    """Read a file or all files of a folder; what is wrong is left out and listed in `problems`.
+    """Read a file or all files of a folder; bad records are left out and listed in `problems`.
 
-    Objects marked as difficult count as crowds: neither trained on nor held against a detector that finds them.
+    Objects marked as difficult count as crowds: left out of training, and ignored in evaluation.
     """
     files = sorted(path.glob('*.xml')) if path.is_dir() else [path]
     reader = VocReader(image_dir)

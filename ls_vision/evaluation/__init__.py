@@ -1,1 +1,1 @@
-"""What a trained classifier is worth: predictions on a whole dataset, and the figures of ImageNet and its variants."""
+"""Evaluation of classifiers: predictions for a whole dataset, and the metrics of ImageNet and its variants."""

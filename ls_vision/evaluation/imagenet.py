@@ -1,9 +1,9 @@
-"""ImageNet and its variants: which folder is which class, which classes count, and what is computed from predictions.
+"""ImageNet and its variants: the class of each folder, the classes that count, and the metrics.
 
     val     ILSVRC 2012 validation, 1000 folders
     real    the same images with the labels of Beyer et al., arXiv 2006.07159 (several or none for an image)
     v2      Recht et al., arXiv 1902.10811, folders named 0 to 999
-    a, r    Hendrycks et al., arXiv 1907.07174 and 2006.16241: 200 classes each, the other logits left out
+    a, r    Hendrycks et al., arXiv 1907.07174 and 2006.16241: 200 classes each, other logits are ignored
     sketch  Wang et al., arXiv 1905.13549
     c       Hendrycks and Dietterich, arXiv 1903.12261, folders <corruption>/<severity>/<class>
 """
@@ -16,7 +16,7 @@ import torch
 from timm.data import ImageNetInfo
 from torch import Tensor
 
-from ..training.errors import UserError
+from ..runtime.errors import UserError
 from .predictions import Predictions
 
 VARIANTS = ('val', 'real', 'v2', 'a', 'r', 'sketch', 'c')
@@ -33,7 +33,7 @@ ALEXNET_ERRORS = {
 
 
 def subset(variant: str) -> Tensor | None:
-    """The ImageNet classes that a variant knows, in order; None for all."""
+    """The ImageNet classes of a variant, in order; None for all."""
     if variant not in ('a', 'r'):
         return None
     return torch.tensor([int(line) for line in _timm_file(f'imagenet_{variant}_indices.txt').split()])
@@ -42,16 +42,16 @@ def subset(variant: str) -> Tensor | None:
 def class_map(folders: Iterable[str], num_classes: int, classes: Tensor | None = None) -> dict[str, int]:
     """The target of each class folder.
 
-    Folders named by WordNet ids or by numbers are the classes of that name, however many there are; any others are
-    numbered in timm's order and must be as many as the model's classes.
+    Folders named by WordNet ids or by numbers are the classes of that name, even if some are missing. Any other
+    folders are numbered in timm's order, and there must be one for each of the model's classes.
 
     Args:
         folders: Names of class folders, in timm's order.
-        num_classes: The model's.
-        classes: Classes that the dataset has; targets are their places in this list.
+        num_classes: Number of the model's classes.
+        classes: Classes of the dataset; targets are indices into this list.
 
     Raises:
-        UserError: A folder is none of the classes.
+        UserError: A folder belongs to no class.
     """
     folders = list(folders)
     synsets = {name: i for i, name in enumerate(ImageNetInfo().label_names())} if num_classes == NUM_CLASSES else {}
@@ -76,13 +76,13 @@ def class_map(folders: Iterable[str], num_classes: int, classes: Tensor | None =
 
 
 def real_labels() -> dict[str, list[int]]:
-    """Valid classes by file name of the validation images; none where the raters found none."""
+    """Valid classes by file name of the validation images; empty where the raters found none."""
     labels = json.loads(_timm_file('imagenet_real_labels.json'))
     return {f'ILSVRC2012_val_{i + 1:08d}.JPEG': found for i, found in enumerate(labels)}
 
 
 def real_accuracy(predictions: Predictions, names: Iterable[str]) -> dict[str, float]:
-    """Top-1 and top-5 in percent by ReaL labels, over the images that have some; unreadable ones are wrong.
+    """Top-1 and top-5 in percent by ReaL labels, over the images that have any; unreadable ones count as wrong.
 
     Args:
         predictions: For validation images.
@@ -109,7 +109,7 @@ def real_accuracy(predictions: Predictions, names: Iterable[str]) -> dict[str, f
 def corruption_folders(root: Path) -> dict[tuple[str, int], Path]:
     """The folders of ImageNet-C, by corruption and severity.
 
-    The published archives may be unpacked as they are, one level deeper (`noise/gaussian_noise/1`).
+    Folders may also lie one level deeper (`noise/gaussian_noise/1`), as in the published archives.
 
     Raises:
         UserError: One is missing.
@@ -126,10 +126,10 @@ def corruption_folders(root: Path) -> dict[tuple[str, int], Path]:
 
 
 def mean_corruption_error(top1: Mapping[tuple[str, int], float]) -> dict[str, float]:
-    """Corruption errors in percent of AlexNet's, and their mean, `mce`.
+    """Corruption errors relative to AlexNet's in percent, and their mean, `mce`.
 
     Args:
-        top1: In percent, by corruption and severity.
+        top1: Top-1 in percent by corruption and severity.
     """
     errors = {
         corruption: sum(100 - top1[corruption, severity] for severity in SEVERITIES) / len(SEVERITIES) / alexnet

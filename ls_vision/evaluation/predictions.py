@@ -1,4 +1,4 @@
-"""Predictions on every image of a dataset, from one process or many, and the accuracy that follows from them."""
+"""Predictions for every image of a dataset, by one process or several, and their accuracy."""
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -9,20 +9,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.images import UNREADABLE
-from ..training.distributed import Processes
-from ..training.logs import Progress
-from ..training.sampling import ShardedBatchSampler
+from ..runtime.logs import ProgressBar
+from ..runtime.processes import Processes
+from .loader import ShardedBatchSampler
 
 TOP = 5
-NOTHING = UNREADABLE - 1  # no class, and no target either
+NO_CLASS = UNREADABLE - 1  # neither a class nor a target
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What was found for N images, in the dataset's order, on the CPU.
+    """Predictions for N images, in the dataset's order, on the CPU.
 
     Attributes:
-        top: (N, 5) best classes, the best one first; -2 where an image could not be read or there are fewer classes.
+        top: (N, 5) best classes, the best first; -2 where an image could not be read or there are fewer classes.
         targets: (N,) classes; -1 where an image could not be read.
         losses: (N,) cross-entropies, 0 where an image could not be read.
     """
@@ -46,21 +46,21 @@ def predict(
         title: str = 'test',
         after_batch: Callable[[], Any] = lambda: None,
 ) -> Predictions:
-    """Run a model over a dataset; every process gets all predictions.
+    """Run a model over a dataset. Every process gets all predictions.
 
     Args:
         model: A classifier.
-        loader: Batches on the device, those of this process.
-        processes: Who shares the work.
-        classes: The columns of the logits that count, for a dataset of fewer classes; targets number these.
+        loader: Batches of this process, on the device.
+        processes: The processes that share the work.
+        classes: The columns of the logits to use, for a dataset of fewer classes; targets are indices into these.
         autocast: Context of the forward pass.
-        title: What the progress display calls this.
+        title: Name of the pass in the progress bar.
         after_batch: Called after each batch, e.g. to stop.
     """
     model.eval()
     rows = []
     right = seen = 0
-    with Progress(title, len(loader)) as progress:
+    with ProgressBar(title, len(loader)) as progress:
         for images, targets in loader:
             with autocast():
                 logits = model(images)
@@ -73,7 +73,7 @@ def predict(
     found = torch.cat(rows) if rows else torch.empty(0, TOP + 2, dtype=torch.float64)
     found = _in_order(found, loader, processes)
     top, targets = found[:, :TOP].long(), found[:, TOP].long()
-    top[targets == UNREADABLE] = NOTHING
+    top[targets == UNREADABLE] = NO_CLASS
     return Predictions(top, targets, found[:, TOP + 1])
 
 
@@ -97,7 +97,7 @@ def accuracy(predictions: Predictions) -> dict[str, float]:
 def _row(logits: Tensor, targets: Tensor) -> Tensor:
     """(B, 7): best classes, target, loss; as 64-bit floats, which hold all of them exactly."""
     top = logits.topk(min(TOP, logits.shape[1])).indices
-    top = F.pad(top, (0, TOP - top.shape[1]), value=NOTHING)
+    top = F.pad(top, (0, TOP - top.shape[1]), value=NO_CLASS)
     losses = F.cross_entropy(logits, targets, reduction='none', ignore_index=UNREADABLE)
     return torch.cat([top.double(), targets[:, None].double(), losses[:, None].double()], dim=1).cpu()
 
@@ -108,4 +108,4 @@ def _in_order(rows: Tensor, loader: Any, processes: Processes) -> Tensor:
         return torch.cat(processes.gather(rows))
     everything = torch.zeros(len(loader.dataset), rows.shape[1], dtype=rows.dtype)
     everything[[index for batch in loader.batch_sampler for index in batch]] = rows
-    return processes.sum(everything)  # the others' places hold zeros, so a sum changes no bit
+    return processes.sum(everything)  # all other processes hold zeros there, so the sum is exact

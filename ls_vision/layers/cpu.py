@@ -43,7 +43,7 @@ def is_unmodified(module: nn.Module, kind: type) -> bool:
         or 'forward' in module.__dict__ or module._compiled_call_impl is not None or _has_any_global_hook())
 
 
-def is_inactive_dropout(module: nn.Module) -> bool:
+def is_inactive_dropout(module: Any) -> bool:
     """True for an unmodified dropout that passes on what it gets."""
     return is_unmodified(module, nn.Dropout) and not (module.training and module.p > 0.)
 
@@ -75,7 +75,7 @@ def split_linear(module: nn.Linear, x: Tensor, parts: Sequence[int]) -> Sequence
 
 
 def _takes_onednn(x: Tensor) -> bool:
-    return (
+    return bool(
         _HAS_ONEDNN and is_plain_inference(x) and x.device.type == 'cpu' and x.dtype == torch.float32
         and x.numel() > 0 and torch.backends.mkldnn.enabled and autocast_dtype(x) is None and F.linear is _F_LINEAR)
 
@@ -94,7 +94,7 @@ def _onednn(module: nn.Linear, x: Tensor, activation: str = 'none') -> Tensor:
 
 # ---- MLPs ------------------------------------------------------------------------------------------------------------
 
-def mlp(module: nn.Module, x: Tensor) -> Tensor:
+def mlp(module: Any, x: Tensor) -> Tensor:
     """`module(x)`, (B, L, C) -> (B, L, C)."""
     if not (_takes_onednn(x) and _is_plain_mlp(module)):
         return module(x)
@@ -109,7 +109,7 @@ def mlp(module: nn.Module, x: Tensor) -> Tensor:
     return out
 
 
-def _is_plain_mlp(module: nn.Module) -> bool:
+def _is_plain_mlp(module: Any) -> bool:
     return (
         is_unmodified(module, Mlp) and _is_plain_linear(module.fc1) and _is_plain_linear(module.fc2)
         and _is_gelu(module.act) and is_unmodified(module.norm, nn.Identity)
@@ -120,7 +120,7 @@ def _is_gelu(module: nn.Module) -> bool:
     return is_unmodified(module, GELU) or (is_unmodified(module, nn.GELU) and module.approximate == 'none')
 
 
-def _apply_mlp(module: Mlp, x: Tensor) -> Tensor:
+def _apply_mlp(module: Any, x: Tensor) -> Tensor:
     return _onednn(module.fc2, _onednn(module.fc1, x, 'gelu'))
 
 

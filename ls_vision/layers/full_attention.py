@@ -72,7 +72,7 @@ class FullAttention2d(nn.Module):
         self.scale = (dim // num_heads) ** -0.5
         self.fused_attn = use_fused_attn()
 
-        self.qkv: Optional[nn.Module] = None
+        self.qkv: Optional[nn.Linear] = None
         self.query: Optional[nn.Module] = None
         self.key: Optional[nn.Module] = None
         self.value: Optional[nn.Module] = None

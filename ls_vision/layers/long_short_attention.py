@@ -115,12 +115,12 @@ class LongShortAttention2d(nn.Module):
         self.fused_attn = use_fused_attn()
 
         # submodules that are not used are not created, so that state dicts hold nothing else
-        self.qkv: Optional[nn.Module] = None
+        self.qkv: Optional[nn.Linear] = None
         self.query: Optional[nn.Module] = None
         self.key: Optional[nn.Module] = None
         self.value: Optional[nn.Module] = None
         self.scores: Optional[nn.Module] = None
-        self.to_dynamic_projection: Optional[nn.Module] = None
+        self.to_dynamic_projection: Optional[nn.Linear] = None
         self.dual_ln_dp: Optional[nn.Module] = None
         self.local_relative_position_bias_table: Optional[nn.Parameter] = None
         if conv_projection:

@@ -1,8 +1,9 @@
-"""Reading checkpoints of other origins and sizes, and saying what does not fit."""
+"""The one reader of weights: of other origins and sizes, with a report of what does not fit."""
 import http.client
 import logging
 import math
-from typing import Any, Dict, List, Mapping, Tuple
+import os
+from typing import Any, Dict, List, Mapping, Tuple, Union
 
 import torch
 from timm.models._builder import resolve_pretrained_cfg
@@ -11,32 +12,87 @@ from torch import nn
 
 from ..layers import FullAttention2d, LongShortAttention2d
 from ..layers.position_bias import grid_bias_rows, resize_grid_bias, resize_window_bias
+from ..runtime.archives import load_checkpoint
+from ..runtime.errors import UserError
 
 _logger = logging.getLogger(__name__)
 
 
+# Averaged weights come first, as in timm.
+WRAPPERS = ('state_dict_ema', 'model_ema', 'state_dict', 'model', 'net')
+PREFIXES = ('module.', '_orig_mod.')  # of DistributedDataParallel and averages, and of torch.compile
+
+
 def unwrap_state_dict(checkpoint: Mapping[str, Any]) -> Dict[str, Any]:
-    """The tensors of a checkpoint, without what training scripts and wrappers put around them.
+    """The tensors of a checkpoint, without the wrappers and prefixes of training scripts, however they are nested.
 
     Raises:
-        ValueError: There are none.
+        ValueError: The checkpoint holds no tensors.
     """
-    for key in ('net', 'model', 'state_dict'):
-        if isinstance(checkpoint.get(key), Mapping):
-            checkpoint = checkpoint[key]
+    while True:
+        inner = next((checkpoint[key] for key in WRAPPERS if isinstance(checkpoint.get(key), Mapping)), None)
+        if inner is None:
+            break
+        checkpoint = inner
     state_dict = {k: v for k, v in checkpoint.items() if isinstance(v, torch.Tensor)}
     if not state_dict:
         raise ValueError(
             f'The checkpoint holds no tensors; its entries are {_first(list(checkpoint))}. Expected a state dict, or a '
-            "dict with one under 'net', 'model' or 'state_dict'.")
-    for prefix in ('module.', '_orig_mod.', 'module.'):
-        if all(k.startswith(prefix) for k in state_dict):
-            state_dict = {k[len(prefix):]: v for k, v in state_dict.items()}
-    return state_dict
+            f'dict with one under {", ".join(map(repr, WRAPPERS))}.')
+    while True:
+        prefix = next((p for p in PREFIXES if all(k.startswith(p) for k in state_dict)), None)
+        if prefix is None:
+            return state_dict
+        state_dict = {k[len(prefix):]: v for k, v in state_dict.items()}
+
+
+def load_weights(
+        model: nn.Module,
+        path: Union[str, 'os.PathLike[str]'],
+        new_classifier: bool = False,
+        ignore_unused: bool = False,
+) -> None:
+    """Load a checkpoint's weights, the averaged ones where it has them, into a model of the same architecture.
+
+    Args:
+        model: A model of this package, of timm or of torchvision.
+        path: A checkpoint or a file of weights.
+        new_classifier: Keep the model's own classifier where the file's is one of other classes.
+        ignore_unused: Leave out weights that the model lacks, e.g. a classifier's head where only its stages are built.
+
+    Raises:
+        UserError: The file is missing, damaged, refused, or of another architecture.
+    """
+    checkpoint = load_checkpoint(path)
+    try:
+        # this package's models also read the released files, and weights of other sizes
+        read = getattr(model, 'filter_state_dict', unwrap_state_dict)
+        weights = read(checkpoint)
+    except ValueError as e:
+        raise UserError(f'checkpoint {path}: {e}') from e
+    expected = model.state_dict()
+    if ignore_unused:
+        weights = {name: weight for name, weight in weights.items() if name in expected}
+    if new_classifier:
+        weights = _keep_classifier(model, weights)
+    mismatch = describe_mismatch(expected, weights)
+    if mismatch:
+        raise UserError(f'checkpoint {path} does not fit {type(model).__name__}: {mismatch}')
+    nn.Module.load_state_dict(model, weights)  # the class's own method would convert the weights again
+
+
+def _keep_classifier(model: nn.Module, weights: Dict[str, Any]) -> Dict[str, Any]:
+    """The weights, with the model's own classifier in place of one of another shape."""
+    names = model.pretrained_cfg['classifier']  # type: ignore[index, union-attr]
+    prefixes = tuple(f'{name}.' for name in ((names,) if isinstance(names, str) else names))
+    classifier = {name: weight for name, weight in model.state_dict().items() if name.startswith(prefixes)}
+    if all(name in weights and weights[name].shape == weight.shape for name, weight in classifier.items()):
+        return weights
+    return {**weights, **classifier}
 
 
 def describe_mismatch(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> str:
-    """Which keys are missing, unexpected or of another shape, a few of each; empty where all fit."""
+    """Some of the keys that are missing, unexpected or of another shape; empty where all fit."""
     missing = [k for k in expected if k not in found]
     unexpected = [k for k in found if k not in expected]
     shapes = [
@@ -58,7 +114,7 @@ def _first(names: List[str], count: int = 4) -> str:
 def resize_position_tables(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, Any]:
     """Fits the position tables of a state dict with this model's key names to its windows and grids.
 
-    What does not follow from any window or grid is left as it is, for `load_state_dict` to report.
+    A table that belongs to no window or grid is left unchanged; `load_state_dict` then reports it.
     """
     for name, module in model.named_modules():
         prefix = f'{name}.' if name else ''
@@ -86,7 +142,7 @@ def _fit_window_bias(table: torch.Tensor, window_size: int, kind: str) -> torch.
 
 
 def _fit_grid_bias(table: torch.Tensor, feat_size: Tuple[int, int]) -> torch.Tensor:
-    """A table with the right number of rows is taken to be of the same grid, else its grid is taken to be square."""
+    """A table with the right number of rows is assumed to be of the same grid; any other one, of a square grid."""
     side = math.isqrt(table.shape[0])
     if table.shape[0] == grid_bias_rows(feat_size) or side * side != table.shape[0] or side % 2 == 0:
         return table
@@ -94,11 +150,11 @@ def _fit_grid_bias(table: torch.Tensor, feat_size: Tuple[int, int]) -> torch.Ten
 
 
 def fetch_released_weights(variant: str, pretrained_kwargs: Dict[str, Any]) -> Dict[str, Any]:
-    """Where `pretrained=True` names no other source, downloads the authors' file and makes it the source.
+    """Downloads the authors' file and makes it the source of `pretrained=True`, unless another source is named.
 
     Args:
         variant: Registered name of the model.
-        pretrained_kwargs: Arguments of `build_model_with_cfg`, of which those on pretrained weights are read.
+        pretrained_kwargs: Arguments of `build_model_with_cfg`; only those on pretrained weights are read.
 
     Returns:
         The `pretrained_cfg_overlay` to use.

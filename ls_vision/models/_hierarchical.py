@@ -67,7 +67,12 @@ class Block(nn.Module):
 class Blocks(nn.Sequential):
     """The blocks of a stage, one after the other."""
 
-    def forward(self, x: Tensor, feat_size: Tuple[int, int], grad_checkpointing: bool = False) -> Tensor:
+    def forward(  # type: ignore[override]
+            self,
+            x: Tensor,
+            feat_size: Tuple[int, int],
+            grad_checkpointing: bool = False,
+    ) -> Tensor:
         """(B, L, C) -> (B, L, C)."""
         for block in self:
             if grad_checkpointing and not torch.jit.is_scripting():

@@ -1,1 +1,1 @@
-"""What the training scripts share: arguments, loaders, the loop, checkpoints and logs; one concept per file."""
+"""What the training scripts share: arguments, loaders, the loop, checkpoints and metrics; one concept per file."""

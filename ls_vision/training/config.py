@@ -1,24 +1,20 @@
-"""Arguments of the training script: timm's names, from a YAML file and the command line.
+"""Arguments of the training scripts, from a YAML file and the command line.
 
-A first parser reads `--config`; the file's values become the defaults of the second, so the command line wins. Names
-and defaults are those of timm's train.py, which therefore runs the same file.
+Names and defaults are those of timm's train.py, which therefore runs the same file.
 """
 import argparse
-import difflib
-from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-import yaml
 from timm.utils import ParseKwargs
 
-from .checkpoint import atomic_write
-from .errors import UserError, first_line
+from ..runtime.arguments import create_config_parser, parse_with_config
+from ..runtime.devices import check_device
+from ..runtime.errors import UserError
 
 
 def create_parser() -> argparse.ArgumentParser:
-    """The second parser: every argument that a config file may hold."""
+    """The parser of every argument that a config file may hold."""
     parser = argparse.ArgumentParser(
         description='Train an image classifier; long-short models are registered with timm.',
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -47,44 +43,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def parse_with_config(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the file that `--config` names, then the command line over it, for any script's parser."""
-    config_args, remaining = create_config_parser().parse_known_args(argv)
-    if config_args.config:
-        parser.set_defaults(**read_config(config_args.config, parser))
-    args = parse_strictly(parser, remaining)
-    del args.config  # its values are in the other arguments now
-    return args
-
-
-def parse_strictly(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse a command line; an argument that is not known is an error that suggests the right one."""
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        options = [option for action in parser._actions for option in action.option_strings]
-        raise UserError(f'unknown argument {unknown[0]}{_suggestion(unknown[0].split("=")[0], options)}')
-    return args
-
-
-def read_config(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
-    """Read a YAML file of arguments and check its names and types against the parser's."""
-    try:
-        config = yaml.safe_load(Path(path).read_text(encoding='utf-8'))
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f'--config {path} cannot be read: {e}') from e
-    except yaml.YAMLError as e:
-        raise UserError(f'--config {path} is not valid YAML: {e}') from e
-    if not isinstance(config, dict):
-        raise UserError(f'--config {path} must hold `name: value` lines, found {type(config).__name__}')
-
-    actions = {action.dest: action for action in parser._actions if action.dest not in ('help', 'config')}
-    for name, value in config.items():
-        if name not in actions:
-            raise UserError(f'{path}: unknown argument {name!r}{_suggestion(str(name), actions)}')
-        _check_type(path, actions[name], value)
-    return config
-
-
 def resolve_lr(args: argparse.Namespace, world_size: int) -> float:
     """The peak learning rate: --lr, or --lr-base scaled to the images of an update, by timm's rule."""
     if args.lr is not None:
@@ -95,18 +53,6 @@ def resolve_lr(args: argparse.Namespace, world_size: int) -> float:
     return args.lr_base * (ratio ** 0.5 if scale == 'sqrt' else ratio)
 
 
-def save_args(args: argparse.Namespace, path: Path) -> None:
-    """Write the arguments as a file that `--config` reads back."""
-    text = yaml.safe_dump(vars(args), sort_keys=False, allow_unicode=True)
-    atomic_write(path, lambda file: file.write(text.encode()))
-
-
-def create_config_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument('-c', '--config', default='', metavar='FILE', help='YAML file of default arguments')
-    return parser
-
-
 def _add_data_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument('--data-dir', metavar='DIR', help='dataset folder, with one sub-folder per split')
     group.add_argument('--dataset', default='', help='timm dataset name, e.g. hfds/...; empty reads a folder or tar')
@@ -114,7 +60,7 @@ def _add_data_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument('--val-split', default='validation', help='name of the evaluation split')
     group.add_argument('--class-map', default='', metavar='FILE', help='class names in order, where not as sorted')
     group.add_argument('--dataset-download', action='store_true', help='let torchvision or the hub fetch the dataset')
-    group.add_argument('--train-num-samples', type=int, metavar='N', help='training images, where shards do not tell')
+    group.add_argument('--train-num-samples', type=int, metavar='N', help='training images, where shards do not say')
     group.add_argument('--val-num-samples', type=int, metavar='N', help='evaluation images, likewise')
     group.add_argument('--input-key', metavar='KEY', help="name of the images, where not the dataset's usual one")
     group.add_argument('--target-key', metavar='KEY', help="name of the labels, where not the dataset's usual one")
@@ -210,13 +156,13 @@ def add_run_args(group: argparse._ArgumentGroup) -> None:
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     group.add_argument('--device', default=device, help='torch device')
     group.add_argument('--seed', type=int, default=42, help='random seed')
-    group.add_argument('--deterministic', action='store_true', help='only algorithms that give the same bits each time')
+    group.add_argument('--deterministic', action='store_true', help='use only algorithms with reproducible bits')
     group.add_argument('--resume', default='', metavar='PATH',
-                       help="go on from this checkpoint; 'auto': from the last one of --experiment, if any")
+                       help="resume from this checkpoint; 'auto': from the last one of --experiment, if any")
     group.add_argument('--recovery-interval', type=int, default=0, metavar='N',
-                       help='updates between checkpoints within an epoch; 0: none but at its end')
+                       help='updates between checkpoints within an epoch; 0: only at its end')
     group.add_argument('--max-nonfinite', type=int, default=10, metavar='K',
-                       help='so many losses that are not finite in a row end the run')
+                       help='abort after K consecutive non-finite losses')
     group.add_argument('--dry-run-loader', action='store_true', help='print the images/s of the loaders, do not train')
     group.add_argument('--log-tensorboard', action='store_true', help='write TensorBoard events')
     group.add_argument('--log-wandb', action='store_true', help='send figures to Weights & Biases')
@@ -227,7 +173,7 @@ def add_run_args(group: argparse._ArgumentGroup) -> None:
 
 
 def _check_args(args: argparse.Namespace) -> None:
-    """Refuse what would only fail, or mislead, after work has been done."""
+    """Refuse values that would fail, or mislead, only after training."""
     if not args.data_dir and not args.dataset:
         raise UserError('no data: pass --data-dir (a folder with one sub-folder per split)')
     if args.lr is None and args.lr_base is None:
@@ -248,46 +194,3 @@ def _check_args(args: argparse.Namespace) -> None:
     if len(starts) > 1:
         raise UserError(f'{" and ".join("--" + name.replace("_", "-") for name in starts)}: choose one')
     check_device(args.device)
-
-
-def check_device(device: str) -> None:
-    """Refuse a device that torch cannot use."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as e:
-        raise UserError(f'--device {device} cannot be used: {first_line(e)}') from e
-
-
-def _check_type(path: str, action: argparse.Action, value: Any) -> None:
-    """argparse converts and checks only strings; YAML gives typed values."""
-    if value is None or (isinstance(value, str) and action.type is not None):
-        return
-    if isinstance(action, argparse._StoreTrueAction):
-        ok, expected = isinstance(value, bool), 'true or false'
-    elif isinstance(action, ParseKwargs):
-        ok, expected = isinstance(value, dict), '`name: value` lines'
-    elif action.nargs in ('+', 2):
-        ok, expected = isinstance(value, list) and all(_is_number(v) for v in value), 'a list of numbers'
-        if ok and action.nargs == 2:
-            ok, expected = len(value) == 2, 'a list of two numbers'
-    elif action.type is int:
-        ok, expected = _is_number(value) and value == int(value), 'an integer'
-    elif action.type is float:
-        ok, expected = _is_number(value), 'a number'
-    elif action.choices is not None:
-        ok, expected = value in action.choices, 'one of ' + ', '.join(map(str, action.choices))
-    else:
-        ok, expected = isinstance(value, str), 'text'
-    if not ok:
-        raise UserError(f'{path}: {action.dest}: {value!r} is not {expected}')
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _suggestion(name: str, known: Iterable[str]) -> str:
-    """'; did you mean ...?', or nothing where no known name is close."""
-    known = list(known)
-    close = difflib.get_close_matches(name, known, n=1) or difflib.get_close_matches(name.replace('-', '_'), known, n=1)
-    return f'; did you mean {close[0]!r}?' if close else ''

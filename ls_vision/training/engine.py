@@ -2,7 +2,7 @@
 import argparse
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 from typing import Any, Protocol
@@ -11,10 +11,11 @@ import torch
 from timm.utils import dispatch_clip_grad
 
 from ..evaluation.predictions import accuracy, predict
-from .errors import UserError
+from ..runtime.devices import autocast
+from ..runtime.errors import UserError
+from ..runtime.logs import ProgressBar, Stopwatch
+from ..runtime.signals import StopRequest
 from .faults import gradients_are_finite
-from .logs import Progress, Stopwatch
-from .signals import StopRequest
 from .state import TrainingState
 
 Batch = tuple[Any, Any]  # what the task takes: images and targets
@@ -32,7 +33,7 @@ class BatchSource(Protocol):
 
 
 class Stopped(Exception):
-    """A signal asked the run to stop; the state is that after a whole update."""
+    """A signal asked the run to stop. The state is that after a complete update."""
 
     def __init__(self, signal_number: int):
         super().__init__(signal_number)
@@ -48,30 +49,30 @@ def train_one_epoch(
         stop: StopRequest,
         after_update: Callable[[float], None],
 ) -> None:
-    """Train on the batches of the epoch that are left.
+    """Train on the remaining batches of the epoch.
 
     Args:
         state: What is trained.
         loader: Training batches.
         args: The run's arguments.
-        title: What the progress display calls this pass.
+        title: Name of the pass in the progress bar.
         watch: Takes the seconds of training and of waiting for data.
         stop: Asked after each update.
-        after_update: Called with the loss after each, e.g. to log and to save.
+        after_update: Called with the loss after each update, e.g. to log and to save.
 
     Raises:
-        Stopped: As `stop` says.
+        Stopped: A signal has arrived.
         UserError: Too many losses in a row were not finite, or too many images cannot be read.
     """
     progress = state.progress
     state.task.train()
     batches = loader.read(progress.epoch, progress.batch)
-    with Progress(title, len(loader), args.log_interval, done=progress.batch) as display:
+    with ProgressBar(title, len(loader), args.log_interval, done=progress.batch) as display:
         while progress.batch < len(loader):
             with watch.measure('waiting for data'):
                 group = list(islice(batches, min(args.grad_accum_steps, len(loader) - progress.batch)))
             if not group:
-                break  # a stream that held fewer images than it was said to
+                break  # a stream that holds fewer images than announced
             with watch.measure('training'):
                 loss, signal_number = update(state, group, args, title, stop.signal_number)
             progress.batch += len(group)
@@ -90,7 +91,7 @@ def update(
         title: str,
         signal_number: int = 0,
 ) -> tuple[float, int]:
-    """One update of the weights, of their average and of the learning rate, from one or several batches.
+    """One update of the weights, their average and the learning rate, from one or several batches.
 
     Returns:
         Mean loss of the batches in this process, and the largest signal number of all processes.
@@ -98,7 +99,7 @@ def update(
     task, progress = state.task, state.progress
     loss = _accumulate_gradients(state, batches, args)
     state.scaler.unscale_(state.optimizer)
-    # With a scaler, gradients that overflow are its business: it leaves out the step and lowers the scale.
+    # A scaler handles overflowing gradients itself: it skips the step and lowers the scale.
     finite = math.isfinite(loss) and (state.scaler.is_enabled() or gradients_are_finite(task.get_clip_parameters()))
     not_finite, signal_number = map(int, state.processes.max(not finite, signal_number))
     if state.guard.accept(loss, not not_finite, f'update {progress.num_updates + 1} ({title})'):
@@ -118,11 +119,6 @@ def update(
     return loss, signal_number
 
 
-def autocast(args: argparse.Namespace, device: torch.device) -> AbstractContextManager[Any]:
-    """The context of a forward pass: mixed precision if asked for."""
-    return torch.autocast(device.type, getattr(torch, args.amp_dtype)) if args.amp else nullcontext()
-
-
 def evaluate(
         state: TrainingState,
         loader: Any,
@@ -130,10 +126,10 @@ def evaluate(
         stop: StopRequest | None = None,
         title: str = 'test',
 ) -> dict[str, float]:
-    """Figures of the averaged weights, or of the model where there is no average; see `accuracy`.
+    """Metrics of the averaged weights, or of the model where there is no average; see `accuracy`.
 
     Raises:
-        Stopped: As `stop` says.
+        Stopped: A signal has arrived.
     """
     def check() -> None:
         if stop is not None and stop.signal_number:
@@ -141,20 +137,20 @@ def evaluate(
 
     state.task.eval()
     state.processes.share_buffers(state.task.get_trainable_module(), state.task.get_trainable_module(ema=True))
-    alone = state.processes.world_size == 1  # others would wait for a process that leaves in the middle
+    alone = state.processes.world_size == 1  # other processes would wait for one that stops here
     return accuracy(predict(
-        state.eval_model, loader, state.processes, title=title,
-        autocast=partial(autocast, args, state.processes.device), after_batch=check if alone else lambda: None))
+        state.eval_model, loader, state.processes, title=title, after_batch=check if alone else lambda: None,
+        autocast=partial(autocast, state.processes.device, args.amp, args.amp_dtype)))
 
 
 def _accumulate_gradients(state: TrainingState, batches: list[Batch], args: argparse.Namespace) -> float:
-    """Gradients of the mean loss of the batches, and that loss; processes talk once, at the last batch."""
+    """Accumulate the gradients of the mean loss of the batches; processes synchronise once, at the last batch."""
     losses = []
     for i, (images, targets) in enumerate(batches):
         if getattr(args, 'channels_last', False):
             images = images.contiguous(memory_format=torch.channels_last)
         with state.task.no_sync() if i + 1 < len(batches) else nullcontext():
-            with autocast(args, state.processes.device):
+            with autocast(state.processes.device, args.amp, args.amp_dtype):
                 loss = state.task(images, targets)['loss']
             state.scaler.scale(loss / len(batches)).backward()
         losses.append(loss.detach())

@@ -1,24 +1,24 @@
-"""Losses that are not finite: the step is left out and counted, and a run of them ends the training."""
+"""Non-finite losses: the step is skipped and counted, and several in a row abort the training."""
 import math
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from .errors import UserError
+from ..runtime.errors import UserError
 
 
 class FiniteGuard:
-    """Counts the steps whose loss or gradients are not finite.
+    """Counts the steps with a non-finite loss or gradient.
 
     Args:
-        patience: So many in a row end the training.
-        hint: What the error suggests to try.
+        patience: Consecutive skipped steps that abort the training.
+        hint: Advice that the error ends with.
     """
 
     def __init__(self, patience: int, hint: str = 'try a lower learning rate, or gradient clipping'):
         self.patience, self.hint = patience, hint
-        self.skipped = 0  # in all
+        self.skipped = 0  # in total
         self.in_a_row = 0
 
     def accept(self, loss: float, finite: bool, where: str) -> bool:
@@ -30,15 +30,15 @@ class FiniteGuard:
             where: The step, for the message.
 
         Raises:
-            UserError: It was one too many.
+            UserError: `patience` steps in a row were skipped.
         """
         self.in_a_row = 0 if finite else self.in_a_row + 1
         self.skipped += not finite
         if self.in_a_row >= self.patience:
             kind = f'loss {loss}' if not math.isfinite(loss) else 'gradients not finite'
             raise UserError(
-                f'{kind} at {where}: {self.in_a_row} steps in a row were skipped, {self.skipped} in all, and none of '
-                f'them changed the weights; {self.hint}')
+                f'{kind} at {where}: {self.in_a_row} steps in a row were skipped, {self.skipped} in total; '
+                f'none of them changed the weights; {self.hint}')
         return finite
 
     def state_dict(self) -> dict[str, int]:

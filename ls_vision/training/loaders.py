@@ -1,4 +1,4 @@
-"""From arguments to timm's datasets and loaders, with the checks that timm leaves out."""
+"""timm's datasets and loaders from a script's arguments, with checks that timm lacks."""
 import argparse
 import time
 from collections.abc import Iterable, Iterator
@@ -10,25 +10,21 @@ from typing import Any
 import torch
 from timm.data import FastCollateMixup, ImageDataset, create_dataset, create_loader
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import IterableDataset
 
+from ..data.folders import class_to_idx, find_split
 from ..data.images import StrictImageDataset
-from .distributed import Processes
-from .errors import UserError, first_line
-from .logs import say
-from .randomness import derive_seed
-from .sampling import ResumableBatchSampler, ShardedBatchSampler, create_resumable_loader, ignore_signals
-
-# The names under which timm looks for a split's folder.
-SPLIT_FOLDERS = {
-    'train': ('train', 'training'),
-    'validation': ('val', 'valid', 'validation', 'eval', 'evaluation'),
-}
+from ..evaluation.loader import create_eval_loader, shared_options
+from ..runtime.errors import UserError, first_line
+from ..runtime.logs import say
+from ..runtime.processes import Processes
+from ..runtime.randomness import derive_seed
+from .sampling import ResumableBatchSampler, create_resumable_loader
 
 
 @dataclass
 class Datasets:
-    """The two splits, which count images that cannot be read, and their class names where the reader tells."""
+    """The two splits, which count unreadable images, and their class names where the reader knows them."""
 
     train: Any
     val: Any
@@ -36,7 +32,7 @@ class Datasets:
 
 
 def create_datasets(args: argparse.Namespace) -> Datasets:
-    """Open both splits and check that they hold images of the same classes."""
+    """Open both splits and check that their classes agree."""
     if args.dataset:
         train, val = _open(args, args.train_split), _open(args, args.val_split)
         return Datasets(_strict(train, replace=True), _strict(val, replace=False), _class_names(train))
@@ -50,34 +46,16 @@ def create_datasets(args: argparse.Namespace) -> Datasets:
         raise UserError(
             f'{val_dir} has {len(unknown)} classes that {train_dir} lacks, e.g. {unknown[:3]}: both need the same '
             'class folders')
-    # Each folder alone would number its classes from 0, wrongly where the evaluation split lacks one.
+    # Numbered on its own, an evaluation split that lacks a class would number the others wrongly.
     val = _open(args, args.val_split, val_dir, class_map=classes)
     return Datasets(_strict(train, replace=True), _strict(val, replace=False), _class_names(train))
-
-
-def find_split(data_dir: str, split: str) -> Path:
-    """The folder of a split, which must exist; timm itself would silently read the whole of `data_dir` for it."""
-    root = Path(data_dir)
-    if root.is_file():
-        return root  # a tar archive
-    if not root.is_dir():
-        raise UserError(f'--data-dir {data_dir} does not exist; it must hold one folder per split, e.g. train and val')
-    names = next((names for names in SPLIT_FOLDERS.values() if split in names), ())
-    for name in dict.fromkeys((split, *names)):
-        for path in (root / name, root / f'{name}.tar'):
-            if path.exists():
-                return path
-    present = ', '.join(sorted(p.name for p in root.iterdir())[:8]) or 'nothing'
-    raise UserError(
-        f'--data-dir {data_dir} has no folder for split {split!r} (looked for {", ".join((split, *names))}); '
-        f'it holds {present}')
 
 
 def resolve_num_classes(args: argparse.Namespace, datasets: Datasets) -> int:
     """The number of classes: the dataset's, which an explicit one must match."""
     if datasets.class_names is None:
         if args.num_classes is None:
-            raise UserError(f'dataset {args.dataset} does not tell its number of classes: pass --num-classes')
+            raise UserError(f'dataset {args.dataset} does not say how many classes it has: pass --num-classes')
         return args.num_classes
     found = len(datasets.class_names)
     if args.num_classes not in (None, found):
@@ -88,11 +66,11 @@ def resolve_num_classes(args: argparse.Namespace, datasets: Datasets) -> int:
 
 
 class TrainLoader:
-    """Training batches from any batch of any epoch on.
+    """Training batches, starting at any batch of any epoch.
 
-    Images that can be indexed come in an order, and are augmented in a way, that follow from the seed, the epoch and
-    their place in it. Streams of shards are read from the epoch's start, and what has been trained on is left out.
-    Random erasing happens as a batch is handed out, in step with the model's own randomness.
+    The order and augmentation of images that can be indexed depend only on the seed, the epoch and their position in
+    it. Streams of shards are read from the start of the epoch, and batches that are done are skipped. Random erasing
+    happens when a batch is handed out, with the same generators as the model's own randomness.
     """
 
     def __init__(self, loader: Any, mixup: FastCollateMixup | None, args: argparse.Namespace, processes: Processes):
@@ -110,7 +88,7 @@ class TrainLoader:
                 loader.dataset, self.sampler, loader.loader.collate_fn, args.workers, loader.loader.pin_memory)
 
     def read(self, epoch: int, first_batch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The images (B, C, H, W) and targets of an epoch, on the device, from a batch on."""
+        """The images (B, C, H, W) and targets of an epoch, on the device, starting at `first_batch`."""
         if self.mixup is not None:
             self.mixup.mixup_enabled = not self.mixup_off_epoch or epoch < self.mixup_off_epoch
         if self.sampler is not None:
@@ -124,12 +102,12 @@ class TrainLoader:
             yield images if self.erasing is None else self.erasing(images), targets
 
     def __len__(self) -> int:
-        """Batches of a whole epoch."""
+        """Batches of a complete epoch."""
         return len(self.loader)
 
     @property
     def dataset(self) -> Any:
-        """What is read; a StrictImageDataset where images can be indexed."""
+        """The dataset; a StrictImageDataset where images can be indexed."""
         return self.loader.dataset if self.sampler is None else self.loader.dataset.dataset
 
 
@@ -164,54 +142,11 @@ def create_loaders(
         re_count=args.recount,
         interpolation=args.train_interpolation if not args.no_aug else data_config['interpolation'],
         collate_fn=mixup,
-        **_shared_options(datasets.train, args.workers, data_config, processes.device),
+        **shared_options(datasets.train, args.workers, data_config, processes.device),
     )
     val_loader = create_eval_loader(
         datasets.val, args.validation_batch_size or args.batch_size, args.workers, data_config, processes)
     return TrainLoader(train_loader, mixup, args, processes), val_loader
-
-
-def create_eval_loader(
-        dataset: Any,
-        batch_size: int,
-        workers: int,
-        data_config: dict[str, Any],
-        processes: Processes,
-) -> Any:
-    """This process's batches of an evaluation; what cannot be read comes as a black image with target -1."""
-    loader = create_loader(
-        dataset,
-        batch_size=batch_size,
-        interpolation=data_config['interpolation'],
-        crop_pct=data_config['crop_pct'],
-        crop_mode=data_config['crop_mode'],
-        persistent_workers=False,
-        **_shared_options(dataset, workers, data_config, processes.device),
-    )
-    generator = torch.Generator()  # else each pass would draw from the global one
-    if isinstance(loader.dataset, IterableDataset):
-        loader.loader.generator = generator
-    else:
-        inner = loader.loader
-        sampler = ShardedBatchSampler(len(loader.dataset), batch_size, processes.rank, processes.world_size)
-        loader.loader = DataLoader(
-            loader.dataset, batch_sampler=sampler, collate_fn=inner.collate_fn, num_workers=workers,
-            pin_memory=inner.pin_memory, generator=generator, worker_init_fn=ignore_signals)
-    return loader
-
-
-def _shared_options(dataset: Any, workers: int, data_config: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """What the training and the evaluation loader have in common."""
-    if isinstance(dataset, IterableDataset):
-        workers = max(1, workers)  # in the main process they would draw from the generators that the model draws from
-    return dict(
-        input_size=data_config['input_size'],
-        mean=data_config['mean'],
-        std=data_config['std'],
-        num_workers=workers,
-        pin_memory=device.type == 'cuda',
-        device=device,
-    )
 
 
 def _strict(dataset: Any, replace: bool) -> Any:
@@ -220,9 +155,9 @@ def _strict(dataset: Any, replace: bool) -> Any:
 
 
 def measure_loader(name: str, batches: Iterable[tuple[Any, Any]], seconds: float = 30) -> float:
-    """Images per second of a loader alone, over at most so many seconds.
+    """Images per second of a loader alone, measured for at most `seconds`.
 
-    The first batch is left out where there are others: what it takes to start the workers is paid once in an epoch.
+    The first batch is not counted where there are others: the workers start once per epoch.
     """
     start, count = time.perf_counter(), 0
     after_first = start
@@ -281,9 +216,3 @@ def _class_names(dataset: Any) -> list[str] | None:
     if hasattr(dataset, 'classes'):  # torchvision
         return [str(name) for name in dataset.classes]
     return [str(name) for name, _ in sorted(class_to_idx(dataset).items(), key=lambda item: item[1])] or None
-
-
-def class_to_idx(dataset: Any) -> dict[str, int]:
-    """Class names and their numbers, empty where timm's reader does not tell them."""
-    reader = getattr(dataset, 'reader', None)
-    return getattr(reader, 'class_to_idx', None) or getattr(reader, 'class_name_to_idx', None) or {}

@@ -1,6 +1,6 @@
-"""The figures of a run as files: one CSV row per epoch, one JSON line per logged step, and loggers if asked for.
+"""Logs of a run: one CSV row per epoch, one JSON line per logged step, and optionally TensorBoard or W&B.
 
-A resumed run first drops what was logged after its checkpoint, so its files equal those of an unbroken run.
+A resumed run first drops what was logged after its checkpoint, so its files equal those of an uninterrupted run.
 """
 import csv
 import io
@@ -8,19 +8,19 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import atomic_write
-from .errors import UserError, first_line
+from ..runtime.errors import UserError, first_line
+from ..runtime.files import write_text
 
 
 class MetricLog:
-    """Writes the figures of a run.
+    """Writes the metrics of a run.
 
     Args:
         folder: The run's folder.
         epoch: First epoch that will be logged; rows of this and later epochs are dropped.
-        num_updates: Updates that were made; lines of later ones are dropped.
+        num_updates: Updates so far; lines of later ones are dropped.
         tensorboard: Write TensorBoard events as well.
-        wandb: Settings of `wandb.init`, to send the figures to Weights & Biases as well.
+        wandb: Arguments of `wandb.init`, to log to Weights & Biases as well.
     """
 
     def __init__(
@@ -38,16 +38,16 @@ class MetricLog:
             line for line in _read_json_lines(self.json_path)
             if line['epoch'] < epoch or ('update' in line and line['update'] <= num_updates)]
         self._write_csv()
-        atomic_write(self.json_path, lambda file: file.write(''.join(map(_json_line, lines)).encode()))
+        write_text(self.json_path, ''.join(map(_json_line, lines)))
         self.tensorboard = _open_tensorboard(folder, num_updates) if tensorboard else None
         self.wandb = _open_wandb(folder, wandb) if wandb is not None else None
 
     def log_step(self, epoch: int, update: int, **figures: float) -> None:
-        """A line of the JSON log: figures of one update."""
+        """Log one update as a line of JSON."""
         self._append(dict(epoch=epoch, update=update, **figures), update)
 
     def log_epoch(self, epoch: int, update: int, **figures: float) -> None:
-        """A row of the CSV file, and a line of the JSON log without an update: figures of a whole epoch."""
+        """Log an epoch as a row of the CSV file and a line of JSON without an update number."""
         self.rows.append({name: str(value) for name, value in dict(epoch=epoch, **figures).items()})
         self._write_csv()
         self._append(dict(epoch=epoch, **figures), update)
@@ -77,7 +77,7 @@ class MetricLog:
             writer = csv.DictWriter(text, names, lineterminator='\n')
             writer.writeheader()
             writer.writerows(self.rows)
-        atomic_write(self.csv_path, lambda file: file.write(text.getvalue().encode()))
+        write_text(self.csv_path, text.getvalue())
 
 
 def _read_csv(path: Path) -> list[dict[str, str]]:
@@ -88,7 +88,7 @@ def _read_csv(path: Path) -> list[dict[str, str]]:
 
 
 def _read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log, without one that a kill has cut short."""
+    """The lines of a log, without one that a kill has truncated."""
     lines = []
     for text in path.read_text(encoding='utf-8').splitlines() if path.exists() else []:
         try:
@@ -117,5 +117,5 @@ def _open_wandb(folder: Path, settings: dict[str, Any]) -> Any:
         raise UserError('--log-wandb needs wandb: pip install wandb') from e
     try:
         return wandb.init(dir=str(folder), resume='allow', **settings)
-    except Exception as e:  # whatever the network or the account says
+    except Exception as e:  # errors of the network or the account
         raise UserError(f'--log-wandb: {first_line(e)}') from e

@@ -1,10 +1,9 @@
-"""Which sample comes when, so that a run can be resumed in the middle of an epoch, bit for bit.
+"""The order of samples and their random numbers, such that a run resumes within an epoch bit for bit.
 
-The order follows from the seed and the epoch alone, and the randomness of a sample (crop, flip, ...) or of a batch
-(mixup) from its key alone: not from worker processes, nor from what they have read ahead. A resumed run starts its
-samplers at the batch it had come to, and need not replay anything.
+The order depends only on the seed and the epoch. The randomness of a sample (crop, flip, ...) or of a batch (mixup)
+depends only on its key, not on worker processes or on what they have read ahead. A resumed run starts its samplers at
+its next batch and replays nothing.
 """
-import signal
 from collections.abc import Callable, Iterator, Sized
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -13,22 +12,22 @@ import torch
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, get_worker_info
 
-from .randomness import derive_seed, isolated, seed_cpu
-from .signals import StopRequest
+from ..runtime.randomness import derive_seed, isolated, seed_cpu
+from ..runtime.signals import ignore_stop_signals
 
 
 class Draw(NamedTuple):
-    """A sample of an epoch: what the dataset is asked for, and the seed of what is random about it."""
+    """A sample of an epoch: its index in the dataset, and the seed of its random numbers."""
 
     sample: int
     seed: int
 
 
 class ResumableBatchSampler(Sampler[list[Draw]]):
-    """Shuffled batches of one process, from any batch of any epoch on.
+    """Shuffled batches of one process, starting at any batch of any epoch.
 
     Args:
-        dataset: What is sampled; only its length counts.
+        dataset: The dataset; only its length is used.
         batch_size: Samples in a batch.
         seed: The run's seed.
         rank: This process.
@@ -72,26 +71,8 @@ class ResumableBatchSampler(Sampler[list[Draw]]):
         return count // self.batch_size if self.drop_last else -(-count // self.batch_size)
 
 
-class ShardedBatchSampler(Sampler[list[int]]):
-    """Batches in order, dealt out to the processes whole.
-
-    Every sample is seen once, in a batch of the same samples whatever the number of processes: so the model's output
-    for it, and any figure computed from all outputs, is the same to the last bit.
-    """
-
-    def __init__(self, num_samples: int, batch_size: int, rank: int = 0, world_size: int = 1):
-        starts = range(0, num_samples, batch_size)[rank::world_size]
-        self.batches = [list(range(start, min(start + batch_size, num_samples))) for start in starts]
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return iter(self.batches)
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-
 class SeededDataset(Dataset[Any]):
-    """Asks a dataset for a sample after seeding the generators for it."""
+    """Seeds the generators for each sample before it is read."""
 
     def __init__(self, dataset: Any):
         self.dataset = dataset
@@ -106,7 +87,7 @@ class SeededDataset(Dataset[Any]):
 
 
 class SeededCollate:
-    """Makes a batch after seeding the generators for it, since collate functions may mix images."""
+    """Seeds the generators for each batch, since collate functions may mix images."""
 
     def __init__(self, collate: Callable[[list[Any]], Any]):
         self.collate = collate
@@ -124,24 +105,18 @@ def create_resumable_loader(
         num_workers: int,
         pin_memory: bool = False,
 ) -> DataLoader[Any]:
-    """A training loader that `batch_sampler.set_position` places, and that takes nothing from the global generators."""
+    """A training loader that `batch_sampler.set_position` moves; it never draws from the global generators."""
     return DataLoader(
         SeededDataset(dataset),
         batch_sampler=batch_sampler,
         collate_fn=SeededCollate(collate),
         num_workers=num_workers,
         pin_memory=pin_memory,
-        generator=torch.Generator(),  # else each epoch's workers are seeded from the global one
-        worker_init_fn=ignore_signals,
+        generator=torch.Generator(),  # otherwise the workers are seeded from the global one
+        worker_init_fn=ignore_stop_signals,
     )
 
 
-def ignore_signals(worker: int) -> None:
-    """Let a loader process outlive a signal sent to the whole group: the run still finishes its step."""
-    for number in StopRequest.SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
 def _leave_main_process_alone() -> Any:
-    """Without worker processes the samples are made where the model draws its dropout: leave no trace there."""
+    """Restore the generators where samples are made in the main process, which draws the model's dropout."""
     return isolated() if get_worker_info() is None else nullcontext()

@@ -1,4 +1,4 @@
-"""What changes while a run trains, and how a checkpoint holds it."""
+"""The state of a training run, and its form in a checkpoint."""
 import argparse
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,26 +9,26 @@ from timm.task import TrainingTask
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from . import randomness
-from .distributed import Processes
-from .errors import UserError, first_line
+from ..runtime import randomness
+from ..runtime.errors import UserError, first_line
+from ..runtime.processes import Processes
 from .faults import FiniteGuard
 
 
 @dataclass
 class Progress:
-    """How far the run has come; plain values, the same in every process."""
+    """Position of the run; plain values, the same in every process."""
 
-    epoch: int = 0  # the one under way
-    batch: int = 0  # batches of it that were trained on
-    num_updates: int = 0  # in all
+    epoch: int = 0  # the current one
+    batch: int = 0  # batches of it that are done
+    num_updates: int = 0  # in total
     best_metric: float = -1.
     metrics: dict[str, float] = field(default_factory=dict)  # of the last complete epoch
 
 
 @dataclass
 class TrainingState:
-    """Model, optimiser and schedule, and how far the run has come."""
+    """Model, optimiser, schedule and position of the run."""
 
     task: TrainingTask  # model, criterion and averaged weights
     optimizer: torch.optim.Optimizer
@@ -37,7 +37,7 @@ class TrainingState:
     guard: FiniteGuard
     processes: Processes
     num_epochs: int
-    metric: str = 'top1'  # the figure by which the best checkpoint is chosen
+    metric: str = 'top1'  # selects the best checkpoint
     progress: Progress = field(default_factory=Progress)
     loss_sum: float = 0.  # over this process's images of the epoch
     num_images: int = 0
@@ -48,7 +48,7 @@ class TrainingState:
 
     @property
     def eval_model(self) -> nn.Module:
-        """What is evaluated, without communication: the average of the weights where there is one."""
+        """The model to evaluate, without its distributed wrapper: the averaged one where there is one."""
         model = self.task.get_eval_model(ema=self.task.has_ema())
         assert model is not None
         return model.module if isinstance(model, DistributedDataParallel) else model
@@ -59,7 +59,7 @@ class TrainingState:
         return total / max(1, count)
 
     def end_epoch(self, metrics: dict[str, float]) -> bool:
-        """Move on to the next epoch, given the figures of this one; whether they are the best so far."""
+        """Move on to the next epoch, given the metrics of this one; returns whether they are the best so far."""
         progress, value = self.progress, metrics.get(self.metric)
         if self.scheduler is not None:
             self.scheduler.step(progress.epoch + 1, value)
@@ -72,7 +72,7 @@ class TrainingState:
         return is_best
 
     def checkpoint(self, args: argparse.Namespace, unreadable: torch.Tensor) -> dict[str, Any]:
-        """The content of a checkpoint: tensors and plain values, timm's under its keys. All processes take part.
+        """The content of a checkpoint: tensors and plain values, with timm's keys. Every process must call it.
 
         Args:
             args: The run's arguments.
@@ -98,14 +98,13 @@ class TrainingState:
         )
 
     def load(self, checkpoint: dict[str, Any], args: argparse.Namespace, path: str) -> torch.Tensor:
-        """Go back to where a checkpoint was written.
+        """Return to the state in which a checkpoint was written.
 
         Returns:
             Indices of the images that could not be read.
 
         Raises:
-            UserError: The checkpoint is of another model, of another program, or in the middle of an epoch that was
-                cut into other batches.
+            UserError: The checkpoint is of another model or program, or was written within an epoch with other batches.
         """
         try:
             progress, processes = Progress(**checkpoint['progress']), checkpoint['processes']
@@ -134,7 +133,7 @@ class TrainingState:
     def _check_sizes(
             self, found: dict[str, Any], num_processes: int, progress: Progress, args: argparse.Namespace, path: str,
     ) -> None:
-        """In the middle of an epoch the position counts batches, which must then be the same."""
+        """Within an epoch the position is a number of batches, so the batches must be the same."""
         found, given = {'processes': num_processes, **found}, {'processes': self.processes.world_size, **_sizes(args)}
         if progress.batch and found != given:
             raise UserError(

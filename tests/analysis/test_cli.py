@@ -35,9 +35,9 @@ def test_flops_as_tables(capsys):
 
 
 @pytest.mark.parametrize('args, message', [
-    (['flops', 'vil_ls_medum'], "error: unknown model 'vil_ls_medum'; did you mean vil_ls_medium"),
+    (['flops', 'vil_ls_medum'], "error: unknown model 'vil_ls_medum'; did you mean 'vil_ls_medium'"),
     (['flops', 'vil_ls_tiny', '--img-size', '22x4x3'], "error: image size '22x4x3': expected pixels"),
-    (['flops', 'vil_ls_tiny', '--img-size', '3'], 'error: vil_ls_tiny can not be counted at 3: Image of 3 x 3'),
+    (['flops', 'vil_ls_tiny', '--img-size', '3'], 'error: vil_ls_tiny cannot be counted at 3: Image of 3 x 3'),
 ])
 def test_wrong_input_is_one_line(args, message, capsys):
     with pytest.raises(SystemExit) as stopped:

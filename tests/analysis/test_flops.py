@@ -9,7 +9,7 @@ from ls_vision.analysis.flops import count
 from ls_vision.analysis.formulas import PARTS, count_by_formula
 from ls_vision.analysis.zoo import own_models
 from ls_vision.layers import FullAttention2d, LongShortAttention2d
-from ls_vision.training.errors import UserError
+from ls_vision.runtime.errors import UserError
 
 PUBLISHED_GMAC = {  # of the long-short models in the specification, of timm's in their papers
     ('vil_ls_medium', 224): 8.69,
@@ -93,7 +93,7 @@ def test_any_timm_model(name):
 
 def test_unknown_operator_is_an_error(monkeypatch):
     monkeypatch.setattr(flops, 'NEGLIGIBLE', flops.NEGLIGIBLE - {'aten::gelu'})
-    with pytest.raises(UserError, match='can not be counted: aten::gelu'):
+    with pytest.raises(UserError, match='cannot be counted: aten::gelu'):
         count('vil_ls_tiny', (64, 64))
 
 

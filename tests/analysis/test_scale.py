@@ -11,7 +11,7 @@ import pytest
 from ls_vision.analysis import scale
 from ls_vision.analysis.scale import Results, plan
 from ls_vision.analysis.worker import Point, Settings, visit
-from ls_vision.training.errors import UserError
+from ls_vision.runtime.errors import UserError
 
 SETTINGS = Settings(device='cpu', dtype='float32', threads=1, seconds=0.01, memory_limit=2 ** 32)
 
@@ -68,7 +68,7 @@ def test_killed_and_resumed(tmp_path):
     assert 3 <= visits_of(path) < 8
 
     again = subprocess.run(command(tmp_path), capture_output=True, text=True)
-    assert again.returncode == 2 and 'has results already; go on with --resume' in again.stderr
+    assert again.returncode == 2 and 'already has results; continue with --resume' in again.stderr
     done = subprocess.run(command(tmp_path, '--resume'), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     after = rows_of(path)
@@ -93,7 +93,7 @@ def test_interrupted(tmp_path):
     os.killpg(process.pid, signal.SIGINT)
     error = process.communicate(timeout=60)[1]
     assert process.returncode == 130
-    assert 'go on with --resume' in error and 'Traceback' not in error
+    assert 'continue with --resume' in error and 'Traceback' not in error
     assert visits_of(path) >= 1
     with pytest.raises(ProcessLookupError):
         for _ in range(100):
@@ -109,7 +109,7 @@ def test_results_of_another_machine_are_not_continued(tmp_path):
     with pytest.raises(UserError, match=r'was measured with torch 1\.0, this is'):
         Results.create(path, SETTINGS, resume=True)
     path.write_text('{"rows": []}')
-    with pytest.raises(UserError, match='no results of'):
+    with pytest.raises(UserError, match='does not hold results of'):
         Results.create(path, SETTINGS, resume=True)
 
 

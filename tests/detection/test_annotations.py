@@ -7,7 +7,7 @@ from detection_helpers import voc_xml, write_coco
 from PIL import Image
 
 from ls_vision.detection import AnnotationError, read_annotations
-from ls_vision.training.errors import UserError
+from ls_vision.runtime.errors import UserError
 
 
 def edit(path, change):

@@ -8,7 +8,7 @@ from torchvision import tv_tensors
 from ls_vision.detection import read_annotations
 from ls_vision.detection.datasets import DetectionDataset, collate, read_masks
 from ls_vision.detection.transforms import RandomScaleCrop, RandomTranspose, create_train_transform
-from ls_vision.training.errors import UserError
+from ls_vision.runtime.errors import UserError
 
 
 def sample(height=200, width=300):

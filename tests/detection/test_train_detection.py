@@ -13,7 +13,8 @@ import yaml
 from detection_helpers import TINY, write_coco
 
 import train_detection
-from ls_vision.training.checkpoint import load_checkpoint, save_checkpoint
+from ls_vision.runtime.archives import load_checkpoint
+from ls_vision.training.checkpoint import save_checkpoint
 
 ROOT = Path(__file__).parents[2]
 
@@ -183,19 +184,19 @@ def test_one_clear_error(config, extra, message):
 @pytest.fixture(scope='module')
 def classifier(tmp_path_factory):
     """Untrained weights of the model of configs/detection/deepforest_backbone.yaml."""
+    from ls_vision.evaluation.classifier import create_classifier
     from ls_vision.training.config import parse_args
-    from ls_vision.training.models import create_model
 
     args = parse_args(['--config', str(ROOT / 'configs' / 'detection' / 'deepforest_backbone.yaml')])
     path = tmp_path_factory.mktemp('classifier') / 'last.pth.tar'
-    torch.save(create_model(args, args.num_classes).state_dict(), path)
+    torch.save(create_classifier(args, args.num_classes).state_dict(), path)
     return path
 
 
 @pytest.mark.parametrize('name', ['coco_retinanet_1x', 'coco_mask_rcnn_3x', 'deepforest'])
 def test_recipes_build(name, classifier):
     from ls_vision.detection.config import parse_args
-    from ls_vision.training.distributed import Processes
+    from ls_vision.runtime.processes import Processes
 
     start = ['--initial-backbone', str(classifier)] if name == 'deepforest' else []
     args = parse_args(['--config', str(ROOT / 'configs' / 'detection' / f'{name}.yaml'), '--device', 'cpu', *start])

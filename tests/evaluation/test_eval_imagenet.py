@@ -162,7 +162,7 @@ def test_two_processes_give_the_figures_of_one(options, make_folder, tmp_path):
     (['--data-dir', '.', '--results-file', 'r.txt'], r'--results-file r.txt: the ending must be one of \.json'),
     (['--data-dir', '.', '--results-file', 'nowhere/r.md'], 'its folder does not exist'),
     (['--data-dir', '.', '--num-classes', '10', '--variant', 'a'], '--variant a is for models of 1000 classes'),
-    (['--data-dir', '.', '--model', 'vil_ls_tinny'], "unknown model 'vil_ls_tinny'; did you mean vil_ls_tiny"),
+    (['--data-dir', '.', '--model', 'vil_ls_tinny'], "unknown model 'vil_ls_tinny'; did you mean 'vil_ls_tiny'"),
     (['--data-dir', '.', '--model', 'test_vit2'], 'does not fit VisionTransformer'),
 ])
 def test_wrong_input_is_one_line(options, argv, message):

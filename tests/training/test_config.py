@@ -3,8 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from ls_vision.training.config import parse_args, save_args
-from ls_vision.training.errors import UserError
+from ls_vision.runtime.arguments import save_args
+from ls_vision.runtime.errors import UserError
+from ls_vision.training.config import parse_args
 
 
 def write(tmp_path: Path, text: str) -> str:

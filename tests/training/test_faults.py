@@ -1,14 +1,11 @@
-"""The guard against losses that are not finite, and the request to stop."""
+"""The guard against non-finite losses."""
 import math
-import os
-import signal
 
 import pytest
 import torch
 
-from ls_vision.training.errors import UserError
+from ls_vision.runtime.errors import UserError
 from ls_vision.training.faults import FiniteGuard, gradients_are_finite
-from ls_vision.training.signals import StopRequest
 
 
 def test_guard_counts_and_gives_up():
@@ -17,7 +14,7 @@ def test_guard_counts_and_gives_up():
         True, False, False, True, False]
     assert guard.state_dict() == dict(skipped=3, in_a_row=1)
     guard.accept(1., False, 'update 2')
-    with pytest.raises(UserError, match='loss nan at update 3: 3 steps in a row were skipped, 5 in all'):
+    with pytest.raises(UserError, match='loss nan at update 3: 3 steps in a row were skipped, 5 in total'):
         guard.accept(math.nan, False, 'update 3')
 
 
@@ -26,13 +23,3 @@ def test_gradients(value, finite):
     weight = torch.zeros(3, requires_grad=True)
     weight.grad = torch.tensor([1., value, 0.])
     assert gradients_are_finite([weight, torch.zeros(2, requires_grad=True)]) is finite
-
-
-def test_stop_request():
-    with StopRequest() as stop:
-        assert stop.signal_number == 0
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.signal_number == signal.SIGTERM
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

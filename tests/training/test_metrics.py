@@ -4,7 +4,7 @@ import json
 import pytest
 from tensorboard.backend.event_processing import event_accumulator
 
-from ls_vision.training.errors import UserError
+from ls_vision.runtime.errors import UserError
 from ls_vision.training.metrics import MetricLog
 
 

@@ -9,10 +9,10 @@ import yaml
 from training_helpers import write_images
 
 import train_imagenet
+from ls_vision.evaluation.classifier import create_classifier
+from ls_vision.runtime.errors import UserError
+from ls_vision.runtime.processes import Processes
 from ls_vision.training.config import parse_args, resolve_lr
-from ls_vision.training.distributed import Processes
-from ls_vision.training.errors import UserError
-from ls_vision.training.models import create_model
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
 RECIPES = sorted(path.stem for path in CONFIGS.glob('*.yaml'))
@@ -51,7 +51,7 @@ def test_model_is_built_as_published(name):
     """The whole model, of which torch allocates nothing, with the recipe's image size and drop path."""
     args = recipe(name, '--data-dir', 'imagenet')
     with torch.device('meta'):
-        model = create_model(args, 1000, drop_path_rate=args.drop_path)
+        model = create_classifier(args, 1000, drop_path_rate=args.drop_path)
     assert model.pretrained_cfg['input_size'][-1] == args.img_size
     assert PUBLISHED[name][1] in (None, args.drop_path)
     groups = train_imagenet.build_state(args_with_lr(args, 8), model, 1251, Processes(torch.device('cpu')))

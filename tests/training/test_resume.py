@@ -56,7 +56,7 @@ def test_signal_saves_within_the_epoch_and_the_run_goes_on(arguments, tmp_path, 
     assert stop.value.code == 128 + number
     assert f'Stopped by signal {int(number)} after update' in capsys.readouterr().out
     assert train_imagenet.main([*arguments, '--experiment', 'stopped'])['output'] == stopped
-    assert 'Going on from' in capsys.readouterr().out
+    assert 'Resuming from' in capsys.readouterr().out
     assert_same_outcome(unbroken, stopped)
 
 

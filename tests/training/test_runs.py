@@ -166,7 +166,7 @@ def test_full_disk_ends_the_run_with_one_line_and_a_whole_checkpoint(config, tmp
          sys.executable, str(SCRIPT), '--config', str(config), '--output', str(tmp_path / 'disk'), '--epochs', '9'],
         capture_output=True, text=True, env={**os.environ, 'RESCUED': str(tmp_path / 'rescued')})
     assert result.returncode == 1, result.stdout
-    assert 'cannot be written: No space left on device; what was there before is whole' in result.stderr
+    assert 'cannot be written: No space left on device; its previous content is unchanged' in result.stderr
     assert 'Traceback' not in result.stderr
     assert load_latest(tmp_path / 'rescued') is not None
 

@@ -92,12 +92,12 @@ def test_evaluation_classes_keep_the_indices_of_training(config, image_folder):
     (['--data-dir', 'nowhere'], '--data-dir nowhere does not exist'),
     (['--val-split', 'test'], r"no folder for split 'test' \(looked for test\); it holds train, val"),
     (['--batch-size', '64'], '--batch-size 64 exceeds the 16 training images'),
-    (['--model', 'vil_ls_tinny'], "unknown model 'vil_ls_tinny'; did you mean vil_ls_tiny"),
+    (['--model', 'vil_ls_tinny'], "unknown model 'vil_ls_tinny'; did you mean 'vil_ls_tiny'"),
     (['--model-kwargs', 'ranks=3'], 'model vil_ls_tiny cannot be built .*ranks'),
     (['--initial-checkpoint', 'nowhere.pth'], 'checkpoint nowhere.pth does not exist'),
     (['--opt', 'adamwww'], '--opt adamwww'),
     (['--lr', '1e30', '--opt', 'sgd', '--max-nonfinite', '2'], 'at update 3 .*: 2 steps in a row were skipped'),
-    (['--sync-bn'], '--sync-bn: torch has it for GPUs only'),
+    (['--sync-bn'], '--sync-bn: torch supports it on GPUs only'),
     (['--resume', 'nowhere.pth'], 'checkpoint nowhere.pth does not exist'),
     (['--resume', 'auto', '--experiment', ''], '--resume auto: pass the --experiment'),
     (['--epoch', '3'], "unknown argument --epoch; did you mean '--epochs'"),
@@ -152,5 +152,5 @@ def test_interrupt_ends_cleanly(config, tmp_path):
             break
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert 'Stopped by signal 2 after update' in out and 'go on with --resume auto' in out
+    assert 'Stopped by signal 2 after update' in out and 'continue with --resume auto' in out
     assert 'Traceback' not in err

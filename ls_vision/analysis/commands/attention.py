@@ -1,12 +1,12 @@
-"""Draws what a block of a model attends to in an image: one PNG sheet, and all arrays of it as .npz.
+"""Draws the attention of one block of a model in an image: a sheet as PNG, and its arrays as .npz.
 
     ls-vision attention photo.jpg --model vil_ls_medium --checkpoint model_best.pth
     ls-vision attention photo.jpg --model vil_ls_medium --checkpoint model_best.pth --stage 1 --block 3 --pixel 120 340
     ls-vision attention photo.jpg --model vil_ls_tiny --checkpoint output/cifar10/model_best.pth.tar \\
         --model-kwargs img_size=32 patch_size=4 num_classes=10
 
-On the sheet are the attention of a pixel to its window and, through the summaries, to the whole image, the share of
-each, attention rollout, and the maps of the dynamic projection of every head. In Python: `ls_vision.inspect`.
+The sheet shows the attention of a pixel to its window and, through the summaries, to the whole image, the share of
+each, attention rollout, and the maps of the dynamic projection of every head. In Python: `ls_vision.analysis.record`.
 """
 import argparse
 import sys
@@ -20,24 +20,26 @@ from torch import nn
 
 from ls_vision.analysis import attention_sheet, pictures
 from ls_vision.analysis.zoo import check_model, default_size, parse_size
-from ls_vision.training.errors import UserError, first_line
+from ls_vision.runtime.errors import UserError, first_line
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('image', type=Path, metavar='IMAGE', help='a picture file')
-    parser.add_argument('--model', default='vil_ls_medium', help="one of this package's (default: %(default)s)")
-    parser.add_argument('--checkpoint', type=Path, help='weights; random ones without it')
+    parser.add_argument('--model', default='vil_ls_medium', help='model of this package (default: %(default)s)')
+    parser.add_argument('--checkpoint', type=Path, help='weights to load; random weights without it')
     parser.add_argument(
         '--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='NAME=VALUE',
-        help='how the model was built')
+        help='arguments that the model was built with')
     parser.add_argument(
         '--img-size', metavar='SIZE',
-        help='what the image is resized to (default: shorter side as the model is made for, shape kept)')
-    parser.add_argument('--stage', type=int, default=0, help='number from 0 (default: %(default)s)')
-    parser.add_argument('--block', type=int, default=0, help='of the stage, from 0 (default: %(default)s)')
+        help='size to resize the image to (default: shorter side as configured for the model, same aspect ratio)')
+    parser.add_argument('--stage', type=int, default=0, help='stage, numbered from 0 (default: %(default)s)')
+    parser.add_argument('--block', type=int, default=0, help='block of the stage, from 0 (default: %(default)s)')
     parser.add_argument(
-        '--pixel', type=int, nargs=2, metavar=('ROW', 'COLUMN'), help='of the picture file (default: its centre)')
-    parser.add_argument('--out', type=Path, default=Path('attention.png'), help='sheet; arrays go beside it, as .npz')
+        '--pixel', type=int, nargs=2, metavar=('ROW', 'COLUMN'), help='query pixel in the file (default: its centre)')
+    parser.add_argument(
+        '--out', type=Path, default=Path('attention.png'),
+        help='file of the sheet; the arrays are written beside it as .npz (default: %(default)s)')
 
 
 def run(args: argparse.Namespace) -> None:
@@ -53,23 +55,23 @@ def run(args: argparse.Namespace) -> None:
     arrays = args.out.with_suffix('.npz')
     np.savez_compressed(arrays, **sheet.arrays())  # type: ignore[arg-type]
     if not args.checkpoint:
-        print('No --checkpoint: this is the attention of a model that has learned nothing.', file=sys.stderr)
+        print('No --checkpoint: this is the attention of an untrained model.', file=sys.stderr)
     print(f'{args.out}, {arrays}')
 
 
 def load_model(args: argparse.Namespace) -> nn.Module:
-    """Raises UserError where there is no such model or the weights are not its."""
+    """Raises UserError where there is no such model or the weights do not fit."""
     check_model(args.model)
     if args.checkpoint is not None and not args.checkpoint.is_file():
         raise UserError(f'--checkpoint {args.checkpoint}: no such file')
     try:
         return timm.create_model(args.model, checkpoint_path=args.checkpoint, **args.model_kwargs).eval()
     except (KeyError, OSError, RuntimeError, TypeError, ValueError) as e:
-        raise UserError(f'{args.model} can not be built with these arguments and weights: {first_line(e)}') from e
+        raise UserError(f'{args.model} cannot be built with these arguments and weights: {first_line(e)}') from e
 
 
 def share_of_image(args: argparse.Namespace) -> tuple[float, float] | None:
-    """Where the pixel lies, as shares of height and width; None where none was named.
+    """Position of the pixel as fractions of height and width; None where none was given.
 
     Raises:
         UserError: It lies outside.

@@ -4,7 +4,7 @@
     ls-vision bench vil_ls_medium swin_small_patch4_window7_224 --img-size 224 448 --batch-size 1 8
     ls-vision bench vil_ls_small --mode training --device cuda --dtype bfloat16 --format json
 
-Every measurement runs in a fresh process. Results are also written to a file, each as soon as it is there.
+Every measurement runs in a fresh process. Each result is also written to a file at once.
 """
 import argparse
 import datetime
@@ -17,7 +17,7 @@ from ls_vision.analysis import scale
 from ls_vision.analysis.tables import FORMATS, render
 from ls_vision.analysis.worker import MODES, Settings, available_memory
 from ls_vision.analysis.zoo import ImageSize, check_model, default_size, parse_size, size_name
-from ls_vision.training.errors import UserError
+from ls_vision.runtime.devices import check_device
 
 COLUMNS = {
     'model': lambda row: row['model'],
@@ -34,28 +34,28 @@ COLUMNS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('models', nargs='+', metavar='MODEL', help='name of a model of this package or of timm')
-    parser.add_argument('--img-size', nargs='+', metavar='SIZE', help='default: what the model is made for')
-    parser.add_argument('--format', choices=FORMATS, default='markdown', help='of the output (default: %(default)s)')
+    parser.add_argument('--img-size', nargs='+', metavar='SIZE', help="default: the model's own size")
+    parser.add_argument('--format', choices=FORMATS, default='markdown', help='output format (default: %(default)s)')
     parser.add_argument('--out', type=Path, help='file of results (default: output/bench/TIME.json)')
     add_measuring_arguments(parser, seconds=10., rounds=1)
 
 
 def add_measuring_arguments(parser: argparse.ArgumentParser, seconds: float, rounds: int) -> None:
-    """The arguments on how to measure."""
+    """Adds the arguments of a measurement."""
     parser.add_argument('--batch-size', type=positive_int, nargs='+', default=[1], metavar='N', help='default: 1')
     parser.add_argument('--mode', choices=MODES, nargs='+', default=list(MODES), help='default: both')
     parser.add_argument('--device', default='cpu', choices=['cpu', 'cuda'], help='default: %(default)s')
     parser.add_argument('--dtype', default='float32', choices=['float32', 'bfloat16', 'float16'])
     parser.add_argument(
-        '--threads', type=positive_int, default=torch.get_num_threads(), help='on the CPU (default: %(default)s)')
+        '--threads', type=positive_int, default=torch.get_num_threads(), help='CPU threads (default: %(default)s)')
     parser.add_argument(
         '--seconds', type=float, default=seconds,
-        help='of a measurement, besides a first call to warm up; a longer call is the only one (default: %(default)s)')
+        help='time per measurement after a warm-up call; longer calls are made once (default: %(default)s)')
     parser.add_argument(
-        '--rounds', type=positive_int, default=rounds, help='of measurements, models in turns (default: %(default)s)')
+        '--rounds', type=positive_int, default=rounds, help='rounds over all models (default: %(default)s)')
     parser.add_argument(
         '--memory-limit', type=float, metavar='GIB',
-        help='of a process on the CPU; more is "out of memory" (default: nine tenths of what is free)')
+        help='memory limit of a process on the CPU (default: nine tenths of the free memory)')
 
 
 def run(args: argparse.Namespace) -> None:
@@ -66,23 +66,22 @@ def run(args: argparse.Namespace) -> None:
         point for name in args.models
         for point in scale.plan([name], sizes or [default_size(name)], args.batch_size, args.mode)]
     try:
-        scale.run(points, results, args.rounds)
+        scale.measure_points(points, results, args.rounds)
     finally:
         if results.rows:
             print(render(args.format, results.rows, COLUMNS), flush=True)
 
 
 def parse_sizes(args: argparse.Namespace) -> list[ImageSize]:
-    """The sizes that were named; raises UserError for one of them or a model that does not exist."""
+    """The given sizes. Raises UserError for an invalid size or an unknown model."""
     for name in args.models:
         check_model(name)
     return [parse_size(text) for text in args.img_size or ()]
 
 
 def settings(args: argparse.Namespace) -> Settings:
-    """Raises UserError where a device or limit is not to be had."""
-    if args.device == 'cuda' and not torch.cuda.is_available():
-        raise UserError('--device cuda: PyTorch finds no GPU here; expected cpu')
+    """Raises UserError where the device cannot be used."""
+    check_device(args.device)
     limit = available_memory() if args.memory_limit is None else args.memory_limit * 2 ** 30 / 0.9
     return Settings(
         device=args.device, dtype=args.dtype, threads=args.threads, seconds=args.seconds,
@@ -90,7 +89,7 @@ def settings(args: argparse.Namespace) -> Settings:
 
 
 def positive_int(text: str) -> Any:
-    """An argument's value."""
+    """The value of an argument that must be 1 or more."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f'{text!r}: expected a whole number of 1 or more')
     return int(text)

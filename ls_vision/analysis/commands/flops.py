@@ -4,8 +4,9 @@
     ls-vision flops vil_ls_medium_linear vil_full_medium --img-size 224 1024 4096
     ls-vision flops swin_small_patch4_window7_224 --img-size 640x480 --format json
 
-fvcore's count is checked against PyTorch's FlopCounterMode and against closed formulas of the layers; more than 1 %
-between them, or an operator that can not be counted, is an error. Nothing is computed, so large images take no memory.
+fvcore's count is checked against PyTorch's FlopCounterMode and against closed formulas of the layers; a
+difference of more than 1 %, or an operator that cannot be counted, is an error. Nothing is computed, so large images
+need no memory.
 """
 import argparse
 from dataclasses import asdict
@@ -23,8 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('models', nargs='+', metavar='MODEL', help='name of a model of this package or of timm')
     parser.add_argument(
         '--img-size', nargs='+', metavar='SIZE',
-        help='pixels of a side or HEIGHTxWIDTH, several for several counts (default: what the model is made for)')
-    parser.add_argument('--format', choices=FORMATS, default='markdown', help='of the output (default: %(default)s)')
+        help="pixels of a side or HEIGHTxWIDTH, one or several (default: the model's own size)")
+    parser.add_argument('--format', choices=FORMATS, default='markdown', help='output format (default: %(default)s)')
 
 
 def run(args: argparse.Namespace) -> None:
@@ -41,13 +42,13 @@ def run(args: argparse.Namespace) -> None:
 
 
 def as_row(result: Count) -> dict[str, Any]:
-    """All of a count; `img_size` is a number where the image is square, else [height, width]."""
+    """All entries of a count; `img_size` is a number for a square image, otherwise [height, width]."""
     height, width = result.img_size
     return dict(asdict(result), img_size=height if height == width else [height, width])
 
 
 def report(counts: list[Count]) -> str:
-    """By kind of operation and by stage, in GMAC."""
+    """A report by kind of operation and by stage, in GMAC."""
     head = {
         'model': lambda c: c.model,
         'img size': lambda c: size_name(c.img_size),

@@ -22,7 +22,7 @@ COLUMNS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('--format', choices=FORMATS, default='markdown', help='of the output (default: %(default)s)')
+    parser.add_argument('--format', choices=FORMATS, default='markdown', help='output format (default: %(default)s)')
 
 
 def run(args: argparse.Namespace) -> None:
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def rows() -> list[dict[str, Any]]:
-    """Every model of this package at the size it is made for; accuracy is None where nobody published one."""
+    """Every model of this package at its configured size; accuracy is None where none has been published."""
     out = []
     for name in tqdm(own_models(), desc='counting', unit='model', leave=False, disable=None):
         size = default_size(name)

@@ -1,12 +1,12 @@
-"""What the attention of a model looks at: `record(model, image)` runs it once and keeps the weights of its blocks.
+"""The attention weights of a model: `record(model, image)` runs it once and returns the weights of every block.
 
     model = timm.create_model('vil_ls_small', checkpoint_path=...)
     records = record(model, image)                        # (1, 3, H, W), normalised
     records[0].projection                                 # (h, r, H, W) maps of the dynamic projection
     records[0].at(row=5, col=7).window                    # (h, H, W) weights of a token's window
-    rollout(model, records)                               # (H, W) of the first grid
+    rollout(records)                                      # (H, W) over the first stage's grid
 
-Nothing of this is in the model: it computes its weights in the open for the one call and is then what it was.
+The model contains no code for this: hooks record its weights during the one call and are then removed.
 
 Shapes: H x W grid of a block, N = H * W local tokens, g global tokens, L = g + N, h heads, r rank, M = r + g additional
 keys, T windows, Q = w * w queries and K = (w + 2p)^2 keys of a window.
@@ -21,25 +21,24 @@ from torch import Tensor, nn
 
 from ls_vision.layers import FullAttention2d, LongShortAttention2d
 from ls_vision.models import HierarchicalTransformer
-from ls_vision.ops.geometry import window_key_index, window_query_index
-from ls_vision.ops.weights import attention_weights
+from ls_vision.ops.window import square_window, window_key_index, window_query_index
 
 
 @dataclass
 class PixelAttention:
-    """Where one token's attention goes; all weights of a head sum to 1."""
+    """The attention of one token; all weights of a head sum to 1."""
     window: Tensor
-    """(h, H, W) weights of the tokens that it sees as they are."""
+    """(h, H, W) weights of the tokens that it attends to directly."""
     summaries: Tensor
     """(h, r) weights of the summaries of the image; r is 0 for full attention."""
     global_tokens: Tensor
     """(h, g) weights of the global tokens."""
     long_range: Tensor
-    """(h, H, W): what the summaries' weights come to, each spread over the image as its map of the projection."""
+    """(h, H, W) weights through the summaries: the sum of the projection's maps, each times its weight."""
 
     @property
     def shares(self) -> Tensor:
-        """(h, 3): how much goes to the window, to the summaries and to the global tokens."""
+        """(h, 3) total weight of the window, of the summaries and of the global tokens."""
         parts = self.window.flatten(1), self.summaries, self.global_tokens
         return torch.stack([part.sum(-1) for part in parts], dim=-1)
 
@@ -54,9 +53,9 @@ class Record:
     window_size: Optional[int]
     """None for full attention; 0 for long-short attention without a window."""
     weights: Tensor
-    """Of local queries, (T, h, Q, M + K) in windows or (h, N, M) without them; (h, L, L) of full attention."""
+    """Of local queries: (T, h, Q, M + K) with windows, (h, N, M) without; (h, L, L) for full attention."""
     projection: Optional[Tensor]
-    """(h, r, H, W), each map of which sums to 1; None where there is no dynamic projection."""
+    """(h, r, H, W) maps, each with a sum of 1; None without a dynamic projection."""
     global_weights: Optional[Tensor]
     """(h, g, L) of the global tokens' queries in long-short attention."""
 
@@ -92,13 +91,13 @@ class Record:
         return PixelAttention(window, summaries, global_tokens, long_range)
 
     def pull(self, relevance: Tensor) -> Tensor:
-        """Where the attention of tokens comes from in the end: relevance times the matrix of weights.
+        """Pull relevance back from output tokens to input tokens: relevance times the matrix of weights.
 
         Args:
             relevance: (L,) of the block's output tokens, global ones first.
 
         Returns:
-            (L,) of its input tokens, the mean over heads; the sum is that of the relevance.
+            (L,) of its input tokens, the mean over heads; the sum stays the same.
         """
         g = self.num_global_tokens
         tokens, additional = self._spread(relevance[g:])
@@ -113,7 +112,7 @@ class Record:
         return pulled.mean(0)
 
     def _spread(self, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """Sums over local queries, weighted by (N,), of their weights: (h, N) of tokens, (h, M) of additional keys."""
+        """Sum of the weights over local queries, weighted by (N,): (h, N) of tokens, (h, M) of additional keys."""
         g, N = self.num_global_tokens, self.feat_size[0] * self.feat_size[1]
         if self.window_size is None:
             spread = torch.einsum('n,hnl->hl', queries, self.weights[:, g:])
@@ -121,8 +120,8 @@ class Record:
         if self.window_size == 0:
             spread = torch.einsum('n,hnm->hm', queries, self.weights)
             return spread.new_zeros(spread.shape[0], N), spread
-        keys, _ = window_key_index(self.feat_size, self.window_size, queries.device)  # (T, K)
-        _, to_raster = window_query_index(self.feat_size, self.window_size, queries.device)  # (N,)
+        keys, _ = window_key_index(self.feat_size, square_window(self.window_size), queries.device)  # (T, K)
+        _, to_raster = window_query_index(self.feat_size, square_window(self.window_size), queries.device)  # (N,)
         T, h, Q, _ = self.weights.shape
         in_windows = queries.new_zeros(T * Q).index_copy(0, to_raster, queries).view(T, Q)  # 0 outside of the grid
         spread = torch.einsum('tq,thqk->htk', in_windows, self.weights)
@@ -137,22 +136,22 @@ def record(
         stage: Optional[int] = None,
         block: Optional[int] = None,
 ) -> list[Record]:
-    """Runs an image through a model and keeps its attention weights.
+    """Runs a model on an image and returns its attention weights.
 
     Args:
         model: One of this package's models.
         image: (1, C, H, W), normalised as the model wants it.
-        stage: Keep this stage alone, by its number from 0.
-        block: Keep this block of each stage alone, by its number from 0.
+        stage: Record only this stage, numbered from 0.
+        block: Record only this block of each stage, numbered from 0.
 
     Returns:
-        A record for each block, in their order, on the CPU in float32.
+        A record for each block, in order, on the CPU in float32.
 
     Raises:
-        ValueError: The model is none of this package's or has no such block, or there is more than one image.
+        ValueError: The model is not of this package or has no such block, or there is more than one image.
     """
     if not isinstance(model, HierarchicalTransformer):
-        raise ValueError(f'{type(model).__name__} is not a model of ls_vision, whose attention alone can be recorded.')
+        raise ValueError(f'{type(model).__name__} is not a model of ls_vision; only their attention can be recorded.')
     if image.dim() != 4 or image.shape[0] != 1:
         raise ValueError(f'image has shape {list(image.shape)}, expected one image, (1, channels, height, width).')
     blocks = [list(part.blocks) for part in cast(Any, model.stages)]
@@ -164,75 +163,56 @@ def record(
         raise ValueError(f'no stage {stage} with a block {block}; the stages have {depths} blocks, numbered from 0.')
     training = model.training
     model.eval()
+    records: dict[tuple[int, int], Record] = {}
     try:
         with contextlib.ExitStack() as stack, torch.no_grad():
-            notes = {key: stack.enter_context(_listening(layer)) for key, layer in chosen.items()}
+            for key, layer in chosen.items():
+                stack.enter_context(_listening(layer, records, key))
             model(image)
     finally:
         model.train(training)
-    return [_make_record(*key, layer, notes[key]) for key, layer in chosen.items()]
+    return [records[key] for key in chosen]
 
 
 @contextlib.contextmanager
-def _listening(layer: nn.Module) -> Iterator[dict[str, Any]]:
-    """What a layer computes on its way, by name, while the context lasts."""
-    assert isinstance(layer, (FullAttention2d, LongShortAttention2d))
-    notes: dict[str, Any] = {}
-
-    def note(name: str) -> Any:
-        return lambda module, args, out: notes.update({name: out[0].float().cpu()})
-
-    handles = [
-        layer.register_forward_pre_hook(lambda module, args: notes.update(feat_size=tuple(args[1]))),
-        # windows are a batch: all of them, not the first
-        layer.attn_drop.register_forward_hook(lambda module, args, out: notes.update(weights=out.float().cpu())),
-    ]
-    fused_attn = layer.fused_attn
-    layer.fused_attn = False  # type: ignore[misc]  # weights go through `attn_drop` then
-    if isinstance(layer, LongShortAttention2d):
-        if layer.to_dynamic_projection is not None:
-            handles.append(layer.to_dynamic_projection.register_forward_hook(note('projection')))
-        attend_globally = layer._attend_globally
-
-        def attend_and_note(
-                query: Tensor,
-                own_keys: Tensor,
-                own_values: Tensor,
-                keys: Tensor,
-                values: Tensor,
-        ) -> Tensor:
-            q, k = (x.transpose(1, 2) for x in (query, torch.cat([own_keys, keys], dim=1)))
-            notes['global_weights'] = attention_weights(q, k, None, layer.scale)[0].float().cpu()
-            return attend_globally(query, own_keys, own_values, keys, values)
-
-        layer._attend_globally = attend_and_note  # type: ignore[method-assign]
+def _listening(layer: nn.Module, records: dict[tuple[int, int], Record], key: tuple[int, int]) -> Iterator[None]:
+    """Puts a record of each call of a layer into `records` while the context lasts."""
+    handle = layer.register_forward_pre_hook(
+        lambda module, args: records.update({key: _make_record(*key, module, *args)}))
     try:
-        yield notes
+        yield
     finally:
-        layer.fused_attn = fused_attn  # type: ignore[misc]
-        layer.__dict__.pop('_attend_globally', None)
-        for handle in handles:
-            handle.remove()
+        handle.remove()
 
 
-def _make_record(stage: int, block: int, layer: nn.Module, notes: dict[str, Any]) -> Record:
-    assert isinstance(layer, (FullAttention2d, LongShortAttention2d))
-    window_size = layer.window_size if isinstance(layer, LongShortAttention2d) else None
-    weights, projection = notes['weights'], notes.get('projection')
-    if projection is not None:
-        projection = projection.unflatten(-1, notes['feat_size'])
+def _make_record(stage: int, block: int, layer: nn.Module, x: Tensor, feat_size: tuple[int, int]) -> Record:
+    """The weights of a layer for its arguments (1, L, C) and (H, W)."""
+    if isinstance(layer, FullAttention2d):
+        weights = _first(layer.attention_maps(x, feat_size))
+        return Record(stage, block, feat_size, layer.num_global_tokens, None, weights, None, None)
+    assert isinstance(layer, LongShortAttention2d)
+    maps = layer.attention_maps(x, feat_size)
+    local = _first(maps.local)
+    projection = None if maps.projection is None else _first(maps.projection).unflatten(-1, feat_size)
     return Record(
-        stage, block, notes['feat_size'], layer.num_global_tokens, window_size,
-        weights if window_size else weights[0], projection, notes.get('global_weights'))
+        stage, block, feat_size, layer.num_global_tokens, layer.window_size,
+        local if layer.window_size else local[0], projection,
+        None if maps.global_tokens is None else _first(maps.global_tokens))
+
+
+def _first(x: Tensor) -> Tensor:
+    """That of the only image."""
+    return x[0].float().cpu()
 
 
 def rollout(records: Sequence[Record]) -> Tensor:
-    """Attention rollout (Abnar and Zuidema, arXiv 2005.00928): what of the image the pooled features come from.
+    """Attention rollout (Abnar and Zuidema, arXiv 2005.00928): the origin of the pooled features in the image.
 
-    Each block passes relevance on by half its weights, the mean of the heads, and half the residual. It starts evenly
-    over the last grid, which the classifier averages. A token of a later stage is made of the tokens beneath it, to
-    which it passes on its relevance in equal parts (overlap of CvT's patches is left out); what goes to global tokens,
-    which hold nothing of the image when a stage begins, is lost and the rest scaled to a sum of 1.
+    Relevance starts uniformly over the last grid, which the classifier averages. Each block passes half of it through
+    its attention weights, averaged over heads, and half through its residual. A token of a later stage divides its
+    relevance equally among the tokens that its patch covers (the overlap of CvT's patches is ignored). Relevance of
+    global tokens is dropped at the start of a stage, where they hold nothing of the image, and the rest is scaled to a
+    sum of 1.
 
     Args:
         records: Of all blocks of the model's stages from the first on.
@@ -256,7 +236,7 @@ def rollout(records: Sequence[Record]) -> Tensor:
 
 
 def _refine(grid: Tensor, feat_size: tuple[int, int]) -> Tensor:
-    """Divides each cell among those of a finer grid that lie in it."""
+    """Divides the value of each cell equally among the cells of a finer grid that lie in it."""
     rows, cols = (
         torch.arange(fine) * coarse // fine for fine, coarse in zip(feat_size, grid.shape))
     counts = torch.bincount(rows, minlength=grid.shape[0])[:, None] * torch.bincount(cols, minlength=grid.shape[1])

@@ -12,9 +12,10 @@ from PIL import Image
 
 import ls_vision  # noqa: F401, registers the models
 from ls_vision.analysis.pictures import window_bounds
+from ls_vision.analysis.record import record, rollout
 from ls_vision.cli import main
-from ls_vision.inspect import record, rollout
-from ls_vision.ops.reference import reference_attention
+from ls_vision.ops.backends.reference import reference_attention
+from ls_vision.ops.window import make_window
 
 TOY = dict(embed_dims=(16, 32, 48, 64), depths=(1, 2, 1, 1), num_heads=2, rank=4, num_classes=10)
 SIZE = (68, 100)  # grids that windows of 7 do not divide
@@ -83,13 +84,11 @@ def test_recorded_weights_give_the_layers_output():
     r = record(model, torch.randn(1, 3, *SIZE))[0]
     x, (H, W) = seen['x'], seen['feat_size']
     with torch.no_grad():
-        q, kv = attn.qkv.apart(x, (H, W))
-        kv = attn.dual_ln_full(kv)
-        keys, values = attn._additional_keys(x, kv[:, :1], kv[:, 1:], (H, W))
-        grid = (1, H, W, attn.num_heads, -1)
-        key, value = (t.reshape(grid) for t in kv[:, 1:].unbind(2))
-        expected = reference_attention(
-            q[:, 1:].reshape(grid), key, value, attn.window_size, keys, values, attn.position_bias(), attn.scale)
+        query, _, pair, own, scores = attn._project(x, (H, W))
+        additional = attn._additional(pair, own, scores)
+        expected, _ = reference_attention(
+            query, pair, make_window(attn.window_size), additional, attn.position_bias(), attn.scale)
+    value, values = pair[:, :, :, 1], additional[:, :, 1]
     for token in ((0, 0), (5, 11), (H - 1, W - 1)):
         attention = r.at(*token)
         weights = torch.cat([attention.summaries, attention.global_tokens], -1)  # (h, M)
@@ -106,7 +105,6 @@ def test_nothing_stays_in_the_model():
     assert model.training
     for module in model.modules():
         assert not module._forward_hooks and not module._forward_pre_hooks
-        assert '_attend_globally' not in module.__dict__
         assert getattr(module, 'fused_attn', True)
     assert torch.equal(model.eval()(image), before)
 
@@ -157,7 +155,7 @@ def test_sheet_of_a_photograph(tmp_path):
 
 @pytest.mark.parametrize('args, message', [
     (['--model', 'test_vit2'], 'is not a model of ls_vision'),
-    (['--model', 'vil_ls_tini'], "unknown model 'vil_ls_tini'; did you mean vil_ls_tiny"),
+    (['--model', 'vil_ls_tini'], "unknown model 'vil_ls_tini'; did you mean 'vil_ls_tiny'"),
     (['--model', 'vil_ls_tiny', '--stage', '7'], 'no block 0 in stage 7; expected one of stages.0.blocks.0'),
     (['--model', 'vil_ls_tiny', '--pixel', '5', '64'], '--pixel 5 64: outside of image.png, which is 32 x 64'),
     (['--model', 'vil_ls_tiny', '--checkpoint', 'nowhere.pth'], '--checkpoint nowhere.pth: no such file'),
@@ -174,4 +172,4 @@ def test_not_an_image(tmp_path, capsys):
     (tmp_path / 'text.png').write_text('no image')
     with pytest.raises(SystemExit):
         main(['attention', str(tmp_path / 'text.png'), '--model', 'vil_ls_tiny'])
-    assert 'text.png: can not be read as an image' in capsys.readouterr().err
+    assert 'text.png cannot be read as an image' in capsys.readouterr().err

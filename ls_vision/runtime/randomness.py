@@ -1,4 +1,4 @@
-"""Random generators: their states in a checkpoint, and samples whose randomness depends on nothing but their key."""
+"""Random generators: their states for a checkpoint, and seeds that depend on a key alone."""
 import hashlib
 import os
 import random
@@ -25,7 +25,7 @@ def capture() -> dict[str, Any]:
 
 
 def restore(states: dict[str, Any]) -> None:
-    """Set the generators back to what `capture` found."""
+    """Set the generators to the states that `capture` returned."""
     version, internal, gauss = states['python']
     random.setstate((version, tuple(internal), gauss))
     kind, keys, position, has_gauss, cached_gauss = states['numpy']
@@ -37,7 +37,7 @@ def restore(states: dict[str, Any]) -> None:
 
 @contextmanager
 def isolated() -> Iterator[None]:
-    """Undo on exit what happens to the CPU's generators within."""
+    """Restore the CPU's generators at the end of the block."""
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield
@@ -48,7 +48,7 @@ def isolated() -> Iterator[None]:
 
 
 def seed_cpu(seed: int) -> None:
-    """Seed the CPU's generators and no GPU's."""
+    """Seed the CPU's generators, but no GPU's."""
     random.seed(seed)
     np.random.seed(seed % 2 ** 32)
     torch.default_generator.manual_seed(seed)
@@ -61,10 +61,10 @@ def derive_seed(*key: int) -> int:
 
 
 def prepare(seed: int, rank: int, deterministic: bool) -> None:
-    """Seed a process's generators and, if asked, let torch use only algorithms that give the same bits on each run."""
+    """Seed this process's generators. With `deterministic`, torch uses only algorithms with reproducible bits."""
     random_seed(seed, rank)
     if not deterministic:
         return
-    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # cuBLAS asks for it
+    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # required by cuBLAS
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False

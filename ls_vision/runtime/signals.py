@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: the run goes on to the end of the step, saves and exits."""
+"""SIGTERM and Ctrl-C: a run finishes its step, saves and exits."""
 import signal
 from types import FrameType, TracebackType
 
@@ -6,13 +6,13 @@ from types import FrameType, TracebackType
 class StopRequest:
     """Remembers that a signal asked the run to stop; a second Ctrl-C stops it at once.
 
-    Use as a context manager, and look at `signal_number` between steps. The exit code by custom is 128 more.
+    Use it as a context manager and read `signal_number` between steps. By convention the exit code is 128 more.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
     def __init__(self) -> None:
-        self.signal_number = 0  # 0: nobody asked
+        self.signal_number = 0  # no signal so far
 
     def __enter__(self) -> 'StopRequest':
         self._previous = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
@@ -31,3 +31,13 @@ class StopRequest:
         if self.signal_number and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal_number = number
+
+
+def ignore_stop_signals(worker: int) -> None:
+    """Let a loader process survive a signal that is sent to the whole process group, so that the step can finish.
+
+    Args:
+        worker: Its number, as `DataLoader` passes it to a `worker_init_fn`.
+    """
+    for number in StopRequest.SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -1,32 +1,30 @@
-"""A model from a script's arguments."""
+"""A classifier from a script's arguments."""
 import argparse
-import difflib
 from typing import Any
 
 import timm
 from timm.models import resolve_model_input_args
 from torch import nn
 
-import ls_vision  # noqa: F401  (registers the models)
+import ls_vision.models  # noqa: F401  (registers the models)
 
-from .errors import UserError, first_line
+from ..analysis.zoo import check_model
+from ..runtime.errors import UserError, first_line
 
 
-def create_model(args: argparse.Namespace, num_classes: int, **kwargs: Any) -> nn.Module:
+def create_classifier(args: argparse.Namespace, num_classes: int, **kwargs: Any) -> nn.Module:
     """Create `args.model` for `args.img_size`, with published weights where `args.pretrained` asks for them.
 
     Args:
-        args: A script's arguments, under timm's names.
+        args: A script's arguments, with timm's names.
         num_classes: Width of the classifier.
-        kwargs: Further arguments of the model; `args.model_kwargs` win.
+        kwargs: Further arguments of the model; `args.model_kwargs` override them.
 
     Raises:
         UserError: There is no such model, or it cannot be built with these arguments.
     """
-    if not timm.is_model(args.model.split('.')[0]) and ':' not in args.model:
-        close = difflib.get_close_matches(args.model, timm.list_models(), n=3)
-        raise UserError(f'unknown model {args.model!r}; ' + (
-            f'did you mean {" or ".join(close)}?' if close else 'timm.list_models() lists the names'))
+    if ':' not in args.model:  # e.g. hf-hub:owner/name, which timm resolves
+        check_model(args.model)
     try:
         model_args = resolve_model_input_args(
             args.model, vars(args), num_classes=num_classes, **{**kwargs, **args.model_kwargs})

@@ -1,9 +1,11 @@
-"""Sections of the README that benchmarks write."""
+"""Sections of Markdown pages that benchmarks write: the model zoo in README.md, scaling in docs/results.md."""
 from pathlib import Path
+
+from ls_vision.runtime.files import write_text
 
 
 def replace_section(path: Path, name: str, text: str) -> None:
-    """Puts a text between the markers `<!-- NAME -->` and `<!-- /NAME -->`.
+    """Replaces the text between the markers `<!-- NAME -->` and `<!-- /NAME -->`.
 
     Raises:
         ValueError: The file has no such markers.
@@ -13,6 +15,4 @@ def replace_section(path: Path, name: str, text: str) -> None:
     if content.count(start) != 1 or content.count(end) != 1:
         raise ValueError(f'{path} has no section between {start.strip()} and {end}.')
     before, rest = content.split(start)
-    new = path.with_name(f'{path.name}.new')
-    new.write_text(before + start + text.strip('\n') + '\n' + end + rest.split(end)[1])
-    new.replace(path)
+    write_text(path, before + start + text.strip('\n') + '\n' + end + rest.split(end)[1])

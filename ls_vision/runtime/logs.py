@@ -1,4 +1,4 @@
-"""What a run says: a bar in a terminal and plain lines elsewhere, and where its time went."""
+"""Output of a run: a progress bar in a terminal, plain lines elsewhere, and the time of each kind of work."""
 import os
 import sys
 import time
@@ -10,25 +10,25 @@ from tqdm import tqdm
 
 
 def is_first_process() -> bool:
-    """Whether this process speaks: the first of those that torchrun started, or the only one."""
+    """Whether this is the first of the processes that torchrun started, or the only one."""
     return int(os.environ.get('RANK', '0')) == 0
 
 
 def say(text: str) -> None:
-    """Print a line without tearing a progress bar, from one process only."""
+    """Print a line above the progress bar, from the first process only."""
     if is_first_process():
         tqdm.write(text)
-        sys.stdout.flush()  # a log file is read while the run goes on
+        sys.stdout.flush()  # log files are read while the run goes on
 
 
-class Progress:
+class ProgressBar:
     """Progress through the batches of one pass over the data.
 
     Args:
-        title: What the pass is, e.g. 'epoch 3/12'.
+        title: Name of the pass, e.g. 'epoch 3/12'.
         total: Number of batches.
-        log_interval: Batches between two lines where there is no terminal; 0 prints none.
-        done: Batches of this pass that an earlier part of the run did.
+        log_interval: Batches between two printed lines where there is no terminal; 0 prints none.
+        done: Batches of this pass that are already done, in a resumed run.
     """
 
     def __init__(self, title: str, total: int, log_interval: int = 0, done: int = 0):
@@ -53,7 +53,7 @@ class Progress:
     def close(self) -> None:
         self.bar.close()
 
-    def __enter__(self) -> 'Progress':
+    def __enter__(self) -> 'ProgressBar':
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,4 +1,4 @@
-"""One process or many: started by torchrun, over nccl on GPUs and gloo on CPUs; one process needs no launcher."""
+"""One process or several. torchrun starts them; they talk over nccl on GPUs and over gloo on CPUs."""
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from .errors import UserError, first_line
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those of the run."""
+    """This process and how many there are."""
 
     device: torch.device
     rank: int = 0
@@ -26,7 +26,7 @@ class Processes:
 
     @property
     def device_ids(self) -> list[torch.device] | None:
-        """What DistributedDataParallel asks for; None where the model lies on the CPU."""
+        """The argument of DistributedDataParallel; None on the CPU."""
         return [self.device] if self.device.type != 'cpu' else None
 
     def max(self, *values: float) -> list[float]:
@@ -54,7 +54,7 @@ class Processes:
         return values
 
     def share_buffers(self, *modules: nn.Module | None) -> None:
-        """Give every process the first one's buffers, e.g. the statistics of batch norms, before an evaluation."""
+        """Copy the first process's buffers, e.g. batch-norm statistics, to all others, before an evaluation."""
         if self.world_size == 1:
             return
         for module in modules:
@@ -71,6 +71,9 @@ def join_processes(device: str) -> Processes:
 
     Args:
         device: 'cpu' or 'cuda'; with several processes each takes the GPU of its local rank.
+
+    Raises:
+        UserError: The processes cannot find each other.
     """
     try:
         found = init_distributed_device_so(device)

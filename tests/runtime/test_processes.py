@@ -4,12 +4,12 @@ import sys
 
 import torch
 
-from ls_vision.training.distributed import Processes
+from ls_vision.runtime.processes import Processes
 
 SCRIPT = '''
 import sys
 import torch
-from ls_vision.training.distributed import join_processes
+from ls_vision.runtime.processes import join_processes
 
 processes = join_processes('cpu')
 rank = processes.rank

@@ -1,53 +1,26 @@
-"""The course of a script, from arguments to exit code, and of a training run, from its checkpoint to its end."""
+"""A training run, from its checkpoint to its end."""
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
-from .checkpoint import LAST, load_checkpoint, load_latest, save_checkpoint
-from .config import save_args
-from .distributed import Processes, join_processes
+from ..runtime.archives import load_checkpoint
+from ..runtime.arguments import save_args
+from ..runtime.errors import UserError
+from ..runtime.logs import Stopwatch, say
+from ..runtime.signals import StopRequest
+from .checkpoint import LAST, load_latest, save_checkpoint
 from .engine import BatchSource, Stopped, train_one_epoch
-from .errors import UserError
-from .logs import Stopwatch, say
 from .metrics import MetricLog
-from .signals import StopRequest
 from .state import TrainingState
 
-Result = TypeVar('Result')
 Metrics = dict[str, float]
 
 
-def run_script(
-        parse: Callable[[Sequence[str] | None], argparse.Namespace],
-        job: Callable[[argparse.Namespace, Processes], Result],
-        argv: Sequence[str] | None,
-) -> Result:
-    """What every script's `main` does: parse, join the run's processes, do the job; a user's error is one line.
-
-    Args:
-        parse: Makes checked arguments, `device` among them, of a command line.
-        job: Does the work.
-        argv: Command line without the program's name; None reads `sys.argv`.
-    """
-    try:
-        args = parse(argv)
-        processes = join_processes(args.device)
-        try:
-            return job(args, processes)
-        finally:
-            processes.close()
-    except UserError as e:
-        sys.exit(f'error: {e}')
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
 class TrainingRun:
-    """A state that is trained on a loader's batches; all that it leaves is in one folder.
+    """Trains a state on a loader's batches; all of its files are in one folder.
 
     Args:
         args: The script's arguments.
@@ -68,7 +41,7 @@ class TrainingRun:
         self.args, self.state, self.loader, self.output, self.watch = args, state, loader, output, watch
 
     def resume(self) -> None:
-        """Go back to the checkpoint that --resume names, if it does.
+        """Return to the checkpoint that --resume names, if any.
 
         Raises:
             UserError: The file cannot be read or does not fit.
@@ -78,7 +51,7 @@ class TrainingRun:
             return
         checkpoint = load_latest(self.output, say) if args.resume == 'auto' else load_checkpoint(args.resume)
         if checkpoint is None:
-            say(f'{self.output} holds no checkpoint yet: the run starts anew')
+            say(f'{self.output} holds no checkpoint yet: the run starts from the beginning')
             return
         path = str(self.output / LAST) if args.resume == 'auto' else args.resume
         unreadable = self.state.load(checkpoint, args, path)
@@ -88,17 +61,17 @@ class TrainingRun:
             f'{name} {old!r} -> {getattr(args, name)!r}' for name, old in checkpoint['args'].items()
             if name != 'resume' and getattr(args, name, old) != old]
         progress = self.state.progress
-        say(f'Going on from {path}: epoch {progress.epoch + 1}, batch {progress.batch}, update {progress.num_updates}'
-            + (f'; other arguments than before: {", ".join(changed)}' if changed else ''))
+        say(f'Resuming from {path}: epoch {progress.epoch + 1}, batch {progress.batch}, update {progress.num_updates}'
+            + (f'; changed arguments: {", ".join(changed)}' if changed else ''))
 
     def train(self, evaluate: Callable[[StopRequest], Metrics], describe: Callable[[Metrics], str]) -> None:
-        """Train the epochs that are left, evaluating, logging and saving after each.
+        """Train the remaining epochs, and evaluate, log and save after each.
 
-        A signal that says to stop makes it save and exit.
+        On SIGTERM or Ctrl-C it saves and exits.
 
         Args:
-            evaluate: Figures of the state after an epoch; of none where it is not evaluated.
-            describe: Those figures in words.
+            evaluate: Metrics of the state after an epoch; empty where it is not evaluated.
+            describe: Those metrics as text.
         """
         log = self._open_log() if self.state.processes.is_primary else None
         try:
@@ -107,15 +80,15 @@ class TrainingRun:
                     self._train_epoch(evaluate, describe, log, stop)
         except Stopped as e:
             self.save()
-            say(f'Stopped by signal {e.signal_number} after update {self.state.progress.num_updates}, which is in '
-                f'{self.output / LAST}; go on with --resume auto')
+            say(f'Stopped by signal {e.signal_number} after update {self.state.progress.num_updates}; saved '
+                f'{self.output / LAST}, continue with --resume auto')
             sys.exit(128 + e.signal_number)
         finally:
             if log is not None:
                 log.close()
 
     def save(self, is_best: bool = False) -> None:
-        """Write the checkpoint; every process calls it, the first one writes."""
+        """Write the checkpoint. Every process must call it; the first one writes."""
         content = self.state.checkpoint(self.args, self._unreadable())
         if self.state.processes.is_primary:
             save_checkpoint(self.output, content, is_best)

@@ -2,9 +2,9 @@
 
 
 class UserError(Exception):
-    """Wrong input: the message names the value and what would be accepted, so no traceback is needed."""
+    """Wrong input. The message names the value and what would be accepted, so that no traceback is needed."""
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its kind where it has none."""
+    """The first line of an error's message, or its class where it has none."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

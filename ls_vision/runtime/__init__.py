@@ -1,0 +1,1 @@
+"""What every script stands on: errors, files, logs, processes, signals and random numbers; one concept per file."""

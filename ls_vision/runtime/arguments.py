@@ -1,0 +1,93 @@
+"""Command lines with a YAML file: `--config` names it, its values become the defaults, the command line wins.
+
+A name or value that is not known is an error that says what would be accepted.
+"""
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from timm.utils import ParseKwargs
+
+from .errors import UserError
+from .files import write_text
+from .spelling import did_you_mean
+
+
+def create_config_parser() -> argparse.ArgumentParser:
+    """A parser of `--config` alone, to be a parent of a script's parser."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument('-c', '--config', default='', metavar='FILE', help='YAML file of default arguments')
+    return parser
+
+
+def parse_with_config(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the file that `--config` names, then the command line, which wins."""
+    config_args, remaining = create_config_parser().parse_known_args(argv)
+    if config_args.config:
+        parser.set_defaults(**read_config(config_args.config, parser))
+    args = parse_strictly(parser, remaining)
+    del args.config  # the other arguments hold its values
+    return args
+
+
+def parse_strictly(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse a command line; an unknown argument is an error that suggests a known one."""
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        options = [option for action in parser._actions for option in action.option_strings]
+        raise UserError(f'unknown argument {unknown[0]}{did_you_mean(unknown[0].split("=")[0], options)}')
+    return args
+
+
+def read_config(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """Read a YAML file of arguments and check its names and types against the parser's."""
+    try:
+        config = yaml.safe_load(Path(path).read_text(encoding='utf-8'))
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f'--config {path} cannot be read: {e}') from e
+    except yaml.YAMLError as e:
+        raise UserError(f'--config {path} is not valid YAML: {e}') from e
+    if not isinstance(config, dict):
+        raise UserError(f'--config {path} must hold `name: value` lines, found {type(config).__name__}')
+
+    actions = {action.dest: action for action in parser._actions if action.dest not in ('help', 'config')}
+    for name, value in config.items():
+        if name not in actions:
+            raise UserError(f'{path}: unknown argument {name!r}{did_you_mean(str(name), actions)}')
+        _check_type(path, actions[name], value)
+    return config
+
+
+def save_args(args: argparse.Namespace, path: Path) -> None:
+    """Write the arguments as a file that `--config` reads back."""
+    write_text(path, yaml.safe_dump(vars(args), sort_keys=False, allow_unicode=True))
+
+
+def _check_type(path: str, action: argparse.Action, value: Any) -> None:
+    """argparse converts and checks only strings; YAML gives typed values."""
+    if value is None or (isinstance(value, str) and action.type is not None):
+        return
+    if isinstance(action, argparse._StoreTrueAction):
+        ok, expected = isinstance(value, bool), 'true or false'
+    elif isinstance(action, ParseKwargs):
+        ok, expected = isinstance(value, dict), '`name: value` lines'
+    elif action.nargs in ('+', 2):
+        ok, expected = isinstance(value, list) and all(_is_number(v) for v in value), 'a list of numbers'
+        if ok and action.nargs == 2:
+            ok, expected = len(value) == 2, 'a list of two numbers'
+    elif action.type is int:
+        ok, expected = _is_number(value) and value == int(value), 'an integer'
+    elif action.type is float:
+        ok, expected = _is_number(value), 'a number'
+    elif action.choices is not None:
+        ok, expected = value in action.choices, 'one of ' + ', '.join(map(str, action.choices))
+    else:
+        ok, expected = isinstance(value, str), 'text'
+    if not ok:
+        raise UserError(f'{path}: {action.dest}: {value!r} is not {expected}')
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
