@@ -26,7 +26,7 @@ TINY: Dict[str, Dict[str, Any]] = {
     'vil_ls_tiny': dict(embed_dims=(8, 8, 8, 8), depths=(1, 1, 1, 1), num_heads=2, rank=2, window_size=2, mlp_ratio=2),
     'vil_ls_tiny_linear': dict(embed_dims=(8, 8, 8, 8), depths=(1, 1, 1, 1), num_heads=2, rank=2, window_size=2, mlp_ratio=2),
     'cvt_ls_13': dict(embed_dims=(8, 8, 8), depths=(1, 1, 1), num_heads=2, rank=2, window_size=2, mlp_ratio=2),
-    PEER: dict(embed_dim=4, depths=(1, 1, 1, 1), num_heads=1, window_size=2, mlp_ratio=2., drop_path_rate=0.),
+    PEER: dict(embed_dim=4, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1), window_size=2, mlp_ratio=2., drop_path_rate=0.),
 }
 
 
