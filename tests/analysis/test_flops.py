@@ -98,7 +98,7 @@ def test_unknown_operator_is_an_error(monkeypatch):
 
 
 def test_disagreement_is_an_error(monkeypatch):
-    monkeypatch.setitem(flops.HANDLES, 'ls_vision::long_short_attention', lambda inputs, outputs: 0)
+    monkeypatch.setitem(flops.HANDLES, 'aten::matmul', lambda inputs, outputs: 0)
     with pytest.raises(UserError, match=r'disagree by more than 1%: fvcore [\d,]+, torch [\d,]+, formula [\d,]+'):
         count('vil_ls_tiny', (64, 64))
 
