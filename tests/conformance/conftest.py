@@ -13,7 +13,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from families import MODELS  # noqa: E402
+from families import MODELS
 
 
 def version_of(package):

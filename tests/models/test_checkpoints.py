@@ -6,7 +6,7 @@ import re
 import pytest
 import timm
 import torch
-from golden_values import golden_state_dict, released_keys, released_shapes
+from golden_values import golden_state_dict, old_name, released_keys, released_shapes
 
 import ls_vision  # noqa: F401, registers the models
 from ls_vision.layers.position_bias import resize_grid_bias, resize_window_bias, window_bias_index, window_bias_rows
@@ -169,3 +169,27 @@ def test_unreachable_download_says_how_to_pass_a_file(monkeypatch, tmp_path):
 def test_untrained_models_say_so():
     with pytest.raises(RuntimeError, match='No pretrained weights exist for vil_ls_tiny'):
         timm.create_model('vil_ls_tiny', pretrained=True)
+
+
+@pytest.mark.parametrize('name', ['cvt_ls_13', 'cvt_13'])
+@pytest.mark.parametrize('features_only', [False, True])
+def test_old_names_of_convolutional_projections_load(name, features_only):
+    """Checkpoints of first versions, in which `qkv` and `to_dynamic_projection` were containers, load strictly."""
+    options = dict(depths=(1, 1, 1), features_only=features_only)
+    model, other = timm.create_model(name, **options).eval(), timm.create_model(name, **options).eval()
+    old = {old_name(key): value for key, value in model.state_dict().items()}
+    assert any('attn.qkv.proj.2.weight' in key for key in old) and not set(old) & {
+        key for key in model.state_dict() if '.query.' in key or '.scores.' in key}
+    assert not other.load_state_dict(old, strict=True).missing_keys
+    x = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(other(x), model(x), rtol=0, atol=0)
+    assert any('attn.qkv.proj.2.weight' in key for key in old)  # what is read is not changed
+
+
+def test_adapters_reach_linear_layers_by_the_usual_names():
+    """In both families each module of these names is an nn.Linear, called as one."""
+    for name in ('vil_ls_tiny_linear', 'cvt_ls_13'):
+        model = timm.create_model(name)
+        for suffix in ('qkv', 'proj', 'to_dynamic_projection', 'fc1', 'fc2'):
+            found = [m for key, m in model.named_modules() if key.endswith(f'.{suffix}') and 'patch_embed' not in key]
+            assert found and all(type(m) is torch.nn.Linear for m in found), (name, suffix)
