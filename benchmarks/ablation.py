@@ -57,15 +57,17 @@ MEAN, STD = torch.tensor([.4914, .4822, .4465]), torch.tensor([.2470, .2435, .26
 
 
 class FixedProjection(nn.Module):
-    """Linformer's projection instead of the dynamic one: (h, r, N) learned weights, the same for every image."""
+    """Linformer's projection instead of the dynamic one: (h, r, N) learned scores, the same for every image."""
 
     def __init__(self, num_heads: int, rank: int, num_tokens: int):
         super().__init__()
         self.scores = nn.Parameter(torch.randn(num_heads, rank, num_tokens))
 
-    def forward(self, x: Tensor, feat_size: tuple[int, int]) -> Tensor:
-        """(B, N, C) -> (B, h, r, N), rows that sum to 1."""
-        return self.scores.softmax(-1).expand(x.shape[0], -1, -1, -1)
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, g + N, C) -> (B, g + N, h * r), scores of which those of the g global tokens are not used."""
+        scores = self.scores.flatten(0, 1).t()  # (N, h * r)
+        scores = F.pad(scores, (0, 0, x.shape[1] - scores.shape[0], 0))
+        return scores.to(x.dtype).expand(x.shape[0], -1, -1)
 
 
 def build(variant: str, mlp_ratio: float = 4.) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Helpers of several tests: image files, a malicious pickle, and delayed signals."""
+"""Helpers of several tests: image files and delayed signals."""
 import os
 import signal
 import threading
@@ -19,16 +19,6 @@ def write_images(folder: Path, count: int, seed: int = 0) -> None:
         for i in range(count):
             pixels = rng.integers(0, 120, size=(32, 32, 3)) + 110 * label
             Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f'{i}.png')
-
-
-class Gadget:
-    """A malicious pickle: loading it would run a command."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.system, (f'touch {self.path}',)
 
 
 def signal_when(path: Path, num_lines: int, number: signal.Signals) -> None:

@@ -106,7 +106,7 @@ def test_results_of_another_machine_are_not_continued(tmp_path):
     results = Results.create(path, SETTINGS, resume=False)
     results.machine['torch'] = '1.0'
     results.save()
-    with pytest.raises(UserError, match=r'was measured with torch 1\.0, this is'):
+    with pytest.raises(UserError, match=r'was measured with torch 1\.0, now it is'):
         Results.create(path, SETTINGS, resume=True)
     path.write_text('{"rows": []}')
     with pytest.raises(UserError, match='does not hold results of'):

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import segmentation_models_pytorch as smp
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / 'examples'))
@@ -88,6 +89,20 @@ def test_segmentation_of_a_real_photograph(decoder):
     losses = smp_segmentation.train(model, image, target, steps=12)
     assert losses[-1] < 0.8 * losses[0]
     assert smp_segmentation.intersection_over_union(model, image, target) > 0.2
+
+
+@pytest.mark.parametrize('encoder', ['vil_ls_tiny_linear', 'cvt_ls_13', 'swin_tiny_patch4_window7_224'])
+def test_segmentation_decoders_with_an_output_stride_are_refused(encoder):
+    """As docs/libraries.md says, by ours as by timm's Swin."""
+    with pytest.raises(TypeError, match='output_stride'):
+        smp.DeepLabV3Plus(f'tu-{encoder}', encoder_weights=None)
+
+
+@pytest.mark.parametrize('decoder', ['Unet', 'PSPNet', 'UPerNet'])
+def test_segmentation_on_three_stages(decoder):
+    channels = dict(decoder_channels=(32, 32, 16, 16)) if decoder == 'Unet' else {}
+    model = getattr(smp, decoder)('tu-cvt_ls_13', encoder_weights=None, encoder_depth=4, **channels).eval()
+    assert model(torch.randn(1, 3, 64, 96)).shape[:2] == (1, 1)
 
 
 @pytest.mark.parametrize('name', ['torchvision_detector', 'hf_rt_detr'])

@@ -3,7 +3,7 @@ import pickle
 
 import pytest
 import torch
-from training_helpers import Gadget
+from malicious import Gadget
 
 from ls_vision.runtime.archives import load_checkpoint, write_checkpoint
 from ls_vision.runtime.errors import UserError

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from malicious import Gadget
 from PIL import Image
-from training_helpers import Gadget, write_images
+from training_helpers import write_images
 
 import train_imagenet
 
