@@ -71,7 +71,8 @@ def split_linear(module: nn.Linear, x: Tensor, parts: Sequence[int]) -> Sequence
             for weight, bias in zip(module.weight.split(sizes), biases)]
     out = module(x)
     split = out.split([out.shape[-1] * part // sum(parts) for part in parts], dim=-1)
-    return [part.contiguous() for part in split] if out.requires_grad else split
+    # by number: torch.fx can't iterate over what it traces
+    return [split[i].contiguous() if torch.is_grad_enabled() else split[i] for i in range(len(parts))]
 
 
 def _takes_onednn(x: Tensor) -> bool:
@@ -143,12 +144,11 @@ def position_bias(
         feat_size: Tuple[int, int],
         make: Callable[[Tuple[int, int]], Optional[Tensor]],
 ) -> Optional[Tensor]:
-    """`make(feat_size)` in the dtype of x: the (h, L, L) bias of a layer's own tables, on a grid."""
+    """`make(feat_size)`, the (h, L, L) bias of a layer's own tables on a grid; kept in the dtype of x."""
     tables: List[Any] = list(layer.parameters(recurse=False))
     if not tables or layer.training or not is_plain_inference(x) or any(
             type(t) is not nn.Parameter or t.device.type != 'cpu' for t in tables):
-        bias = make(feat_size)
-        return None if bias is None else to_dtype(bias, x.dtype)
+        return make(feat_size)
     kept = _kept.get(layer)
     if kept is None or kept.feat_size != feat_size or kept.bias.dtype != x.dtype or not _are_equal(tables, kept.tables):
         bias = make(feat_size)

@@ -17,8 +17,26 @@ from .checks import check_heads, check_token_count
 from .position_bias import grid_bias, grid_bias_rows, resize_grid_bias
 from .projection import ConvQKV, rename_old_keys, to_grid
 
-# reason for all: sizes that are Proxies would decide control flow or go into arange
-for function in (grid_bias, check_token_count, is_followed, cpu.position_bias):
+
+def dot_product_attention(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Optional[Tensor],
+        dropout_p: float,
+        scale: float,
+) -> Tensor:
+    """softmax(scale * q k^T + bias) v, (B, h, L, d); fused where nobody follows the operations."""
+    if torch.jit.is_scripting():
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale)
+    else:
+        if is_followed(q, k, v, bias):
+            return F.dropout(attention_weights(q, k, bias, scale), dropout_p) @ v
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale)
+
+
+# reason for all: sizes, dtypes or types that are Proxies would decide control flow or go into arange
+for function in (grid_bias, check_token_count, dot_product_attention, attention_weights, to_dtype):
     register_notrace_function(function)
 
 
@@ -138,9 +156,9 @@ class FullAttention2d(nn.Module):
         bias = self._bias(q, feat_size)
         if torch.jit.is_scripting():
             out = self.attn_drop(attention_weights(q, k, bias, self.scale)) @ v
-        elif self.fused_attn and cpu.is_unmodified(self.attn_drop, nn.Dropout) and not is_followed(x):
-            dropout_p = self.attn_drop.p if self.attn_drop.training else 0.
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=self.scale)
+        elif self.fused_attn and cpu.is_unmodified(self.attn_drop, nn.Dropout):
+            out = dot_product_attention(
+                q, k, v, bias, self.attn_drop.p if self.attn_drop.training else 0., self.scale)
         else:
             out = self.attn_drop(attention_weights(q, k, bias, self.scale)) @ v
         x = out.transpose(1, 2).flatten(2)  # from (B, h, L, d)

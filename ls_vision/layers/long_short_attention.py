@@ -22,7 +22,8 @@ from .position_bias import WINDOW_BIASES, resize_window_bias, window_bias_index,
 from .projection import ConvQKV, ConvScores, rename_old_keys, to_grid
 
 # reason for all: sizes or devices that are Proxies would decide control flow or go into arange
-for function in (attend, merge_windows, tile_logits, attend_globally, summarize, check_token_count, to_autocast):
+for function in (
+        attend, merge_windows, tile_logits, attend_globally, summarize, check_token_count, to_autocast, to_dtype):
     register_notrace_function(function)
 
 GLOBAL_ATTENTIONS = ('post', 'pre')
