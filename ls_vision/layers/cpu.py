@@ -71,8 +71,9 @@ def split_linear(module: nn.Linear, x: Tensor, parts: Sequence[int]) -> Sequence
             for weight, bias in zip(module.weight.split(sizes), biases)]
     out = module(x)
     split = out.split([out.shape[-1] * part // sum(parts) for part in parts], dim=-1)
+    copies = torch.is_grad_enabled() and not torch.jit.is_tracing()
     # by number: torch.fx can't iterate over what it traces
-    return [split[i].contiguous() if torch.is_grad_enabled() else split[i] for i in range(len(parts))]
+    return [split[i].contiguous() if copies else split[i] for i in range(len(parts))]
 
 
 def _takes_onednn(x: Tensor) -> bool:

@@ -30,7 +30,9 @@ def dot_product_attention(
     if torch.jit.is_scripting():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale)
     else:
-        if is_followed(q, k, v, bias):
+        # the CPU's fused kernel takes a bias without gradients, and has no second derivative
+        frozen = bias is not None and not bias.requires_grad and q.requires_grad and torch.is_grad_enabled()
+        if is_followed(q, k, v, bias) or (frozen and q.device.type == 'cpu'):
             return F.dropout(attention_weights(q, k, bias, scale), dropout_p) @ v
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale)
 
