@@ -26,6 +26,7 @@ def attentions(model):
     return list(kept.values())
 
 
+@pytest.mark.slow
 @pytest.mark.item('`gradcheck` and `gradgradcheck` of the attention layers, by input and parameters')
 @pytest.mark.parametrize('training', [False, True], ids=['eval', 'train'])
 @each_model()
@@ -52,6 +53,7 @@ def test_gradchecks_of_models(name):
     assert gradgradcheck(model, (x,), fast_mode=True)
 
 
+@pytest.mark.slow
 @pytest.mark.item('gradient penalty (`create_graph=True`): its gradients are finite differences, and it trains')
 @pytest.mark.parametrize('frozen', [False, True], ids=['all', 'tables and norms frozen'])
 @each_model()
@@ -90,6 +92,7 @@ def test_gradient_penalty(name, frozen):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 @pytest.mark.item('gradient penalty under autocast to bfloat16: near that of float32')
 @each_model()
 def test_gradient_penalty_under_autocast(name):
@@ -104,6 +107,7 @@ def test_gradient_penalty_under_autocast(name):
     assert torch.nn.functional.cosine_similarity(*directions, dim=0) > .98
 
 
+@pytest.mark.slow
 @pytest.mark.item('`torch.autograd.functional`: jacobian (vectorised, both modes), jvp, hvp; finite differences')
 @each_model()
 def test_autograd_functional(name):
@@ -123,6 +127,7 @@ def test_autograd_functional(name):
     torch.testing.assert_close(hvp(loss, x, v)[1], (grads[0] - grads[1]) / (2 * step), rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.item('`torch.autograd.functional.hessian` of an attention layer: symmetric, plain and vectorised')
 @each_model()
 def test_hessian_of_a_layer(name):
@@ -130,7 +135,9 @@ def test_hessian_of_a_layer(name):
         chosen = layer.proj.bias if isinstance(layer.proj, torch.nn.Linear) else next(layer.parameters())
         chosen_name = next(n for n, p in layer.named_parameters() if p is chosen)
 
-        def f(value, layer=layer, chosen_name=chosen_name, x=x.detach(), rest=rest):
+        fixed = x.detach()
+
+        def f(value, layer=layer, chosen_name=chosen_name, x=fixed, rest=rest):
             return torch.func.functional_call(layer, {chosen_name: value}, (x, *rest)).pow(3).sum()
 
         matrix = hessian(f, chosen.detach())
@@ -139,6 +146,7 @@ def test_hessian_of_a_layer(name):
         assert matrix.abs().sum() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.item('checkpointing: `set_grad_checkpointing`, re-entrant or not, gives equal gradients')
 @pytest.mark.parametrize('use_reentrant', [False, True])
 @each_model()
@@ -157,6 +165,7 @@ def test_checkpointing(name, use_reentrant):
             torch.testing.assert_close(other, plain, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.item('anomaly mode, saved-tensor hooks and retained graphs')
 @each_model()
 def test_graph_tools(name):
@@ -174,6 +183,7 @@ def test_graph_tools(name):
         torch.testing.assert_close(b, c)
 
 
+@pytest.mark.slow
 @pytest.mark.item('batched vector-Jacobian products, `torch.autograd.grad(..., is_grads_batched=True)`')
 @each_model()
 def test_batched_grads(name):

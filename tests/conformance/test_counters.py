@@ -41,6 +41,7 @@ def count_torch(model, x, mode=torch.no_grad):
     return counter.get_total_flops() // 2
 
 
+@pytest.mark.slow
 @pytest.mark.item("PyTorch's FlopCounterMode: the same with and without gradients and in inference mode")
 @each_model()
 def test_torch_counter(name):
@@ -51,6 +52,7 @@ def test_torch_counter(name):
     assert layers < counts['no_grad'] < 1.5 * layers
 
 
+@pytest.mark.slow
 @pytest.mark.item("PyTorch's FlopCounterMode of training: the backward pass of products twice the forward pass")
 @each_model()
 def test_torch_counter_of_training(name):
@@ -67,6 +69,7 @@ def test_torch_counter_of_training(name):
     assert counts[1] / counts[0] == pytest.approx(3., rel=.12)
 
 
+@pytest.mark.slow
 @pytest.mark.item('fvcore: with its own handles, all that is a product')
 @each_model()
 def test_fvcore(name):
@@ -129,6 +132,7 @@ def profiled_share(model, x, mode):
     return sum(e.flops or 0 for e in profile.key_averages()) / 2 / count_layers(model, x)
 
 
+@pytest.mark.slow
 @pytest.mark.item('the profiler (`with_flops=True`) of training sees every linear map')
 @each_model()
 def test_profiler_of_training(name):

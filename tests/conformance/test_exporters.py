@@ -139,6 +139,7 @@ def test_aoti(name, img_size, tmp_path):
     check_alone('aoti', tmp_path / 'model.pt2', model, [x])
 
 
+@pytest.mark.slow
 @pytest.mark.item('TorchScript by trace and by script, run in a process of its own')
 @pytest.mark.parametrize('how', ['trace', 'script'])
 @each_model()

@@ -80,6 +80,7 @@ def test_every_hook_runs(name):
     assert silent == {mode: [] for mode in MODES}
 
 
+@pytest.mark.slow
 @pytest.mark.item('a hook that changes an output changes the result, alike in all modes')
 @each_model()
 def test_changed_outputs_count(name):
@@ -108,6 +109,7 @@ class Changed(nn.Module):
         return change(self.inner(*args, **kwargs))
 
 
+@pytest.mark.slow
 @pytest.mark.item('a submodule that is replaced (activation, attn_drop, norm, linear layer) takes effect, alike in all '
                   'modes')
 @each_model()
@@ -123,7 +125,6 @@ def test_replaced_submodules_take_effect(name):
     assert effects(model, images(1), install) == NO_EFFECTS_LOST
 
 
-@pytest.mark.slow
 @pytest.mark.item("a module's `forward` that is replaced on the instance takes effect, alike in all modes")
 @each_model()
 def test_patched_forward_takes_effect(name):
@@ -135,6 +136,7 @@ def test_patched_forward_takes_effect(name):
     assert effects(small(name), images(1), install) == NO_EFFECTS_LOST
 
 
+@pytest.mark.slow
 @pytest.mark.item('full backward hooks and pre-hooks see the gradient of every module')
 @each_model()
 def test_every_backward_hook_runs(name):
@@ -153,6 +155,7 @@ def test_every_backward_hook_runs(name):
     assert silent == []
 
 
+@pytest.mark.slow
 @pytest.mark.item('global forward hooks see every module')
 @each_model()
 def test_global_hooks_see_every_module(name):
@@ -173,6 +176,7 @@ def test_global_hooks_see_every_module(name):
     assert silent == {mode: [] for mode in MODES}
 
 
+@pytest.mark.slow
 @pytest.mark.item('MLPs with another activation put in: fc2(act(fc1(x))) of it')
 @pytest.mark.parametrize('act', [nn.SiLU, nn.ReLU, nn.Identity])
 @each_model()
@@ -198,6 +202,7 @@ class Doubled(nn.Module):
         return weight * 2
 
 
+@pytest.mark.slow
 @pytest.mark.item('`parametrize` on every linear layer: the model with these weights')
 @each_model()
 def test_parametrized_weights(name):
@@ -210,6 +215,7 @@ def test_parametrized_weights(name):
         torch.testing.assert_close(run(model, x, mode), run(plain, x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.item('spectral norm by parametrisation on every linear layer: trains, largest singular value 1')
 @each_model()
 def test_spectral_norm(name):
@@ -238,6 +244,7 @@ class FunctionRecorder(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.slow
 @pytest.mark.item('a TorchFunctionMode sees a linear map for each linear layer, and the result is the same')
 @each_model()
 def test_torch_function_mode(name):
@@ -262,6 +269,7 @@ class DispatchRecorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.slow
 @pytest.mark.item('a TorchDispatchMode sees operators of ATen alone, and the result is the same')
 @each_model()
 def test_torch_dispatch_mode(name):
@@ -278,6 +286,7 @@ class Tagged(torch.Tensor):
     """A subclass whose operations all pass through `__torch_function__`."""
 
 
+@pytest.mark.slow
 @pytest.mark.item('a subclass of Tensor as the input comes out as that subclass, with the same values')
 @each_model()
 def test_tensor_subclass_input(name):
@@ -288,6 +297,7 @@ def test_tensor_subclass_input(name):
         torch.testing.assert_close(out.as_subclass(torch.Tensor), run(model, x, mode), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.item('ATen operators alone and equal results with a subclass of Tensor as the weights')
 @each_model()
 def test_tensor_subclass_weights(name):
