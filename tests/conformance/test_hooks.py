@@ -125,6 +125,7 @@ def test_replaced_submodules_take_effect(name):
     assert effects(model, images(1), install) == NO_EFFECTS_LOST
 
 
+@pytest.mark.slow
 @pytest.mark.item("a module's `forward` that is replaced on the instance takes effect, alike in all modes")
 @each_model()
 def test_patched_forward_takes_effect(name):
