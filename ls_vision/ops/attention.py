@@ -14,7 +14,7 @@ from . import double_backward
 from .backends import BACKENDS, resolve
 from .backends.composite import composite_attention, merge_windows, tile_logits
 from .calls import is_followed
-from .numerics import to_autocast, to_dtype
+from .numerics import statistics_dtype, to_autocast, to_dtype
 from .window import Window, make_window, num_keys, num_queries, num_windows
 
 
@@ -130,8 +130,8 @@ def _attention(
 def _(query, pair, additional, bias, window, scale, backend, with_lse):
     B, H, W, h, _ = query.shape
     lse = (B, h, H, W) if with_lse or BACKENDS[backend].keeps_lse else (0,)
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return query.new_empty(query.shape), query.new_empty(lse, dtype=dtype if lse != (0,) else query.dtype)
+    dtype = statistics_dtype(query) if lse != (0,) else query.dtype
+    return query.new_empty(query.shape), query.new_empty(lse, dtype=dtype)
 
 
 @torch.library.custom_op('ls_vision::long_short_attention_backward', mutates_args=())

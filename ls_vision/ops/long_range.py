@@ -18,7 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 from . import double_backward
 from .calls import is_followed
 from .chunks import image_chunks
-from .numerics import at_least_float32, attention_logits, to_dtype
+from .numerics import at_least_float32, attention_logits, statistics_dtype, to_dtype
 
 
 def merge_parts(parts: Sequence[Tuple[Tensor, Tensor]]) -> Tuple[Tensor, Tensor]:
@@ -187,7 +187,7 @@ def _attend_plainly(query: Tensor, own: Tensor, tokens: Tensor, scale: float, wi
 def _attend(query: Tensor, own: Tensor, tokens: Tensor, scale: float, with_lse: bool) -> Tuple[Tensor, Tensor]:
     (B, g, h, _), m = query.shape, own.shape[1]
     out = query.new_empty(query.shape)
-    lse = query.new_empty((B, h, g) if with_lse else (0,), dtype=_statistics_dtype(query))
+    lse = query.new_empty((B, h, g) if with_lse else (0,), dtype=statistics_dtype(query))
     for i in _image_chunks(tokens):
         logits = _chunk_logits(_heads(query, i), _kinds(own, i)[0], _kinds(tokens, i)[0], scale)
         if with_lse:
@@ -202,7 +202,7 @@ def _(query, own, tokens, scale, with_lse):
     B, g, h, _ = query.shape
     return (
         query.new_empty(query.shape),
-        query.new_empty((B, h, g) if with_lse else (0,), dtype=_statistics_dtype(query)))
+        query.new_empty((B, h, g) if with_lse else (0,), dtype=statistics_dtype(query)))
 
 
 @torch.library.custom_op('ls_vision::global_attention_backward', mutates_args=())
@@ -261,10 +261,6 @@ def _heads(x: Tensor, images: slice) -> Tensor:
 def _kinds(x: Tensor, images: slice) -> List[Tensor]:
     """(B, tokens, n, h, d) -> n times (images, h, tokens, d), in the precision of the statistics."""
     return [_heads(kind, images) for kind in x.unbind(2)]
-
-
-def _statistics_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _chunk_logits(q: Tensor, own: Tensor, keys: Tensor, scale: float) -> Tensor:

@@ -14,6 +14,11 @@ def to_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
+def statistics_dtype(x: Tensor) -> torch.dtype:
+    """The precision of logits, sums and log-sum-exps: float64 for doubles, else float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def at_least_float32(x: Tensor) -> Tensor:
     """Half precision as float32, everything else as it is."""
     return x.float() if x.dtype == torch.float16 or x.dtype == torch.bfloat16 else x

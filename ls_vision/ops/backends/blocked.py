@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import chunks
+from ..numerics import statistics_dtype
 from ..window import Window, WindowRun, key_size, window_runs
 
 MAX_KEPT_TILES = 512  # views of buffers, a few for each shape of block
@@ -279,11 +280,6 @@ def blocked_forward(
             tile = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask, scale=scale)
         scatter_queries(out, tile.transpose(1, 2), chunk)  # from (n, h, Q, d)
     return out, lse.squeeze(-1).permute(0, 3, 1, 2).contiguous() if with_lse else lse
-
-
-def statistics_dtype(x: Tensor) -> torch.dtype:
-    """float64 for doubles, else float32."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _fill_logits(p: Tensor, q: Tensor, k: Tensor, mask: Optional[Tensor], scale: float) -> None:

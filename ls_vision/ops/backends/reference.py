@@ -9,6 +9,7 @@ from typing import Optional, Tuple
 import torch
 from torch import Tensor
 
+from ..numerics import statistics_dtype
 from ..window import Window, key_size
 
 
@@ -25,7 +26,7 @@ def reference_attention(
     B, H, W, h, d = query.shape
     N = H * W
     dtype = query.dtype
-    statistics = torch.float64 if dtype == torch.float64 else torch.float32
+    statistics = statistics_dtype(query)
     q = query.reshape(B, N, h, d).transpose(1, 2).to(statistics) * scale  # (B, h, N, d)
 
     logits, values = [], []
