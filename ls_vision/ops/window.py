@@ -79,6 +79,28 @@ def window_offsets(window: Window, device: torch.device) -> Tuple[Tensor, Tensor
     return rows.reshape(-1, num_keys), cols.reshape(-1, num_keys)
 
 
+def tile_grid(feat_size: Tuple[int, int], window: Window) -> Tuple[int, int]:
+    """(nH, nW) as a graph with open sizes has them: one window a side is two, the second a copy of the first.
+
+    Tracers of open sizes make a size of 1 a constant, and a program exported at 224 x 224 would refuse larger images.
+    """
+    nH, nW = num_windows(feat_size, window)
+    if not torch.jit.is_scripting():
+        if isinstance(nH, torch.SymInt):
+            nH = torch.sym_max(nH, 2)
+        if isinstance(nW, torch.SymInt):
+            nW = torch.sym_max(nW, 2)
+    return nH, nW
+
+
+def _positions(length: int, tiles: int, size: int, margin: int, device: torch.device) -> Tensor:
+    """(tiles, size + 2 * margin) positions along an axis of `length` tokens; outside of it, negative or too large."""
+    span = size + 2 * margin
+    i = torch.arange(tiles * span, device=device)
+    first = (i // span * size).clamp(max=(length - 1) // size * size)
+    return (first + i % span - margin).view(tiles, span)
+
+
 def window_query_index(feat_size: Tuple[int, int], window: Window, device: torch.device) -> Tuple[Tensor, Tensor]:
     """Where the queries of each window are in the raster of the grid, and where each token is in the list of windows.
 
@@ -88,14 +110,13 @@ def window_query_index(feat_size: Tuple[int, int], window: Window, device: torch
         device: Device of the result.
 
     Returns:
-        to_windows: (T, Q) token numbers; queries outside the grid are clamped to its edge.
+        to_windows: (T, Q) token numbers, T as `tile_grid` counts; queries outside the grid are clamped to its edge.
         to_raster: (H * W,) numbers in the flattened list of windows.
     """
     H, W = feat_size
-    nH, nW = num_windows(feat_size, window)
-    query_row, query_col = torch.arange(window.rows, device=device), torch.arange(window.cols, device=device)
-    rows = (torch.arange(nH, device=device)[:, None] * window.rows + query_row).clamp(max=H - 1)  # (nH, rows)
-    cols = (torch.arange(nW, device=device)[:, None] * window.cols + query_col).clamp(max=W - 1)  # (nW, cols)
+    nH, nW = tile_grid(feat_size, window)
+    rows = _positions(H, nH, window.rows, 0, device).clamp(max=H - 1)  # (nH, rows)
+    cols = _positions(W, nW, window.cols, 0, device).clamp(max=W - 1)  # (nW, cols)
     to_windows = rows[:, None, :, None] * W + cols[None, :, None, :]  # (nH, nW, rows, cols)
     row = torch.arange(H, device=device)[:, None]
     col = torch.arange(W, device=device)[None, :]
@@ -113,21 +134,19 @@ def window_key_index(feat_size: Tuple[int, int], window: Window, device: torch.d
         device: Device of the result.
 
     Returns:
-        index: (T, K) token numbers; keys outside the grid are clamped to its edge.
+        index: (T, K) token numbers, T as `tile_grid` counts; keys outside the grid are clamped to its edge.
         inside: (T, K), false where a key lies outside the grid.
     """
     H, W = feat_size
-    nH, nW = num_windows(feat_size, window)
-    key_row = torch.arange(-window.row_margin, window.rows + window.row_margin, device=device)
-    key_col = torch.arange(-window.col_margin, window.cols + window.col_margin, device=device)
-    rows = torch.arange(nH, device=device)[:, None] * window.rows + key_row  # (nH, key rows)
-    cols = torch.arange(nW, device=device)[:, None] * window.cols + key_col  # (nW, key columns)
+    nH, nW = tile_grid(feat_size, window)
+    rows = _positions(H, nH, window.rows, window.row_margin, device)  # (nH, key rows)
+    cols = _positions(W, nW, window.cols, window.col_margin, device)  # (nW, key columns)
     row_inside = (rows >= 0) & (rows < H)
     col_inside = (cols >= 0) & (cols < W)
     index = rows.clamp(0, H - 1)[:, None, :, None] * W + cols.clamp(0, W - 1)[None, :, None, :]
     inside = row_inside[:, None, :, None] & col_inside[None, :, None, :]  # (nH, nW, key rows, key columns)
-    num_keys = key_row.shape[0] * key_col.shape[0]
-    return index.reshape(-1, num_keys), inside.reshape(-1, num_keys)
+    K = num_keys(window)
+    return index.reshape(-1, K), inside.reshape(-1, K)
 
 
 class WindowRun(NamedTuple):
