@@ -33,7 +33,7 @@ def dot_product_attention(
         # the CPU's fused kernel takes a bias without gradients, and has no second derivative
         frozen = bias is not None and not bias.requires_grad and q.requires_grad and torch.is_grad_enabled()
         if is_followed(q, k, v, bias) or (frozen and q.device.type == 'cpu'):
-            return F.dropout(attention_weights(q, k, bias, scale), dropout_p) @ v
+            return torch.matmul(F.dropout(attention_weights(q, k, bias, scale), dropout_p), v)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale)
 
 
@@ -157,12 +157,12 @@ class FullAttention2d(nn.Module):
         q, k, v = self._project(x, feat_size)
         bias = self._bias(q, feat_size)
         if torch.jit.is_scripting():
-            out = self.attn_drop(attention_weights(q, k, bias, self.scale)) @ v
+            out = torch.matmul(self.attn_drop(attention_weights(q, k, bias, self.scale)), v)
         elif self.fused_attn and cpu.is_unmodified(self.attn_drop, nn.Dropout):
             out = dot_product_attention(
                 q, k, v, bias, self.attn_drop.p if self.attn_drop.training else 0., self.scale)
         else:
-            out = self.attn_drop(attention_weights(q, k, bias, self.scale)) @ v
+            out = torch.matmul(self.attn_drop(attention_weights(q, k, bias, self.scale)), v)
         x = out.transpose(1, 2).flatten(2)  # from (B, h, L, d)
         x = self.proj(x) if torch.jit.is_scripting() else cpu.linear(self.proj, x)
         return self.proj_drop(x)

@@ -295,7 +295,7 @@ class LongShortAttention2d(nn.Module):
         window = square_window(self.window_size)
         logits, values = tile_logits(query, pair, window, additional, self.position_bias(), self.scale)
         weights = self.attn_drop(to_dtype(logits.softmax(dim=-1), values.dtype))
-        return merge_windows(weights @ values, (query.shape[1], query.shape[2]), window)
+        return merge_windows(torch.matmul(weights, values), (query.shape[1], query.shape[2]), window)
 
     def _global_keys(self, out: Tensor, pair: Tensor) -> Tensor:
         """(B, N, n, h, d): local outputs, which are both keys and values, or local keys and values."""

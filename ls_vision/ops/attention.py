@@ -69,7 +69,7 @@ def long_short_attention(
     if dropout_p > 0.:
         logits, values = tile_logits(query, pair, window, additional, bias, scale)
         weights = F.dropout(to_dtype(logits.softmax(dim=-1), values.dtype), dropout_p)
-        return merge_windows(weights @ values, (query.shape[1], query.shape[2]), window)
+        return merge_windows(torch.matmul(weights, values), (query.shape[1], query.shape[2]), window)
     out, lse = attend(query, pair, window, additional, bias, scale, backend, return_lse)
     return (out, lse) if return_lse else out
 

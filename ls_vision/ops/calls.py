@@ -10,19 +10,22 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+_MATMUL = torch.matmul  # profilers in the manner of DeepSpeed's put a function of their own in its place
+
 
 def is_followed(*tensors: Optional[Tensor]) -> bool:
     """True where the operations must be PyTorch's own, for whoever follows them.
 
-    These are exporting and tracing, functorch transforms (vmap, grad, jvp), forward-mode AD, tensor subclasses, and
-    dispatch modes of other libraries, such as their FLOP counters. PyTorch's own modes (its counter, selective
+    These are exporting and tracing, functorch transforms (vmap, grad, jvp), forward-mode AD, tensor subclasses,
+    dispatch modes of other libraries, such as their FLOP counters, and functions put in the place of PyTorch's matmul.
+    PyTorch's own modes (its counter, selective
     checkpointing) and `torch.compile` take registered operators as they are.
     """
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting() or _is_transformed()
     return (
         torch.jit.is_tracing() or _is_transformed() or forward_ad._current_level >= 0
-        or _has_foreign_mode()
+        or _has_foreign_mode() or torch.matmul is not _MATMUL
         or any(t is not None and type(t) is not Tensor and type(t) is not torch.nn.Parameter for t in tensors))
 
 

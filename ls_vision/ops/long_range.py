@@ -62,7 +62,7 @@ def summarize(scores: Tensor, tokens: Tensor, with_lse: bool = False) -> Tuple[T
 
 def _weighted_sums(weights: Tensor, tokens: Tensor) -> Tensor:
     """The operator `ls_vision::summarize` as plain operations."""
-    return weights.unsqueeze(1) @ tokens.permute(0, 2, 3, 1, 4)
+    return torch.matmul(weights.unsqueeze(1), tokens.permute(0, 2, 3, 1, 4))
 
 
 @torch.library.custom_op('ls_vision::summarize', mutates_args=())
@@ -179,7 +179,7 @@ def _attend_plainly(query: Tensor, own: Tensor, tokens: Tensor, scale: float, wi
     """`attend_globally` as plain operations."""
     logits = _global_logits(query, own, tokens, scale)
     v = torch.cat([own[:, :, 1], tokens[:, :, -1]], dim=1).transpose(1, 2)
-    out = (to_dtype(logits.softmax(dim=-1), query.dtype) @ v).transpose(1, 2)
+    out = torch.matmul(to_dtype(logits.softmax(dim=-1), query.dtype), v).transpose(1, 2)
     return out, logits.logsumexp(dim=-1) if with_lse else query.new_empty(0)
 
 

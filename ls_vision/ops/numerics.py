@@ -73,5 +73,5 @@ def attention_weights(q: Tensor, k: Tensor, mask: Optional[Tensor], scale: float
 
 
 def _logits(q: Tensor, k: Tensor, mask: Optional[Tensor], scale: float) -> Tensor:
-    logits = (at_least_float32(q) * scale) @ at_least_float32(k).transpose(-2, -1)
+    logits = torch.matmul(at_least_float32(q) * scale, at_least_float32(k).transpose(-2, -1))
     return logits if mask is None else logits + mask

@@ -28,7 +28,7 @@ def composite_attention(
     """`ls_vision.ops.attention.attend` as plain operations; arguments and results are described there."""
     feat_size = (query.shape[1], query.shape[2])
     logits, values = tile_logits(query, pair, window, additional, bias, scale)
-    out = merge_windows(to_dtype(logits.softmax(dim=-1), values.dtype) @ values, feat_size, window)
+    out = merge_windows(torch.matmul(to_dtype(logits.softmax(dim=-1), values.dtype), values), feat_size, window)
     if not with_lse:
         return out, query.new_empty(0)
     lse = merge_windows(logits.logsumexp(dim=-1, keepdim=True), feat_size, window)  # (B, H, W, h, 1)
