@@ -165,13 +165,14 @@ def test_bfloat16(name):
 
 
 @pytest.mark.slow
-@pytest.mark.item('weights in 8 bits by optimum-quanto: every linear map, frozen, as with these weights in float', 'optimum-quanto')
+@pytest.mark.item('weights in 8 bits by optimum-quanto: every linear map, frozen, as with these weights in float (CvT-LS: `exclude="*.scores.conv"`)', 'optimum-quanto')
 @each_model()
 def test_quanto(name):
     from optimum import quanto
     model, x = small(name), images(2)
     names, rounded = set(linears(model)), copy.deepcopy(model)
-    quanto.quantize(model, weights=quanto.qint8)
+    # quanto makes a plain convolution of timm's StdConv2d, whose weights are standardised in each call
+    quanto.quantize(model, weights=quanto.qint8, exclude='*.scores.conv')
     quanto.freeze(model)
     assert {n for n, m in model.named_modules() if isinstance(m, quanto.QLinear)} == names
     with torch.no_grad():
