@@ -108,8 +108,9 @@ def attend(
         chosen = resolve(backend, query, window, torch.is_grad_enabled(), with_lse)
         if chosen.backward is None:
             return chosen.forward(query, pair, window, additional, bias, scale, with_lse)
-        return torch.ops.ls_vision.long_short_attention(
+        out, lse = torch.ops.ls_vision.long_short_attention(
             query, pair, additional, bias, window, scale, chosen.name, with_lse)
+        return out, lse.sum(0) if with_lse and chosen.keeps_statistics else lse
 
 
 @torch.library.custom_op('ls_vision::long_short_attention', mutates_args=())
@@ -129,7 +130,9 @@ def _attention(
 @_attention.register_fake
 def _(query, pair, additional, bias, window, scale, backend, with_lse):
     B, H, W, h, _ = query.shape
-    lse = (B, h, H, W) if with_lse or BACKENDS[backend].keeps_lse else (0,)
+    lse = (B, h, H, W) if with_lse else (0,)
+    if BACKENDS[backend].keeps_statistics:
+        lse = (2, B, h, H, W)
     dtype = statistics_dtype(query) if lse != (0,) else query.dtype
     return query.new_empty(query.shape), query.new_empty(lse, dtype=dtype)
 
@@ -147,18 +150,20 @@ def _attention_backward(
         backend: str,
         out: Tensor,
         lse: Tensor,
+        needs: Sequence[bool],
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, pair, additional keys and values, and bias; of no elements where there is none."""
+    """Gradients of query, pair, additional keys and values, and bias; no elements where there is none or no need."""
     function = BACKENDS[backend].backward
     assert function is not None
-    grads = function(grad_out, grad_lse, query, pair, Window(*window), additional, bias, scale, out, lse)
+    grads = function(grad_out, grad_lse, query, pair, Window(*window), additional, bias, scale, out, lse, needs)
     return tuple(query.new_empty(0) if g is None else g for g in grads)  # type: ignore[return-value]
 
 
 @_attention_backward.register_fake
-def _(grad_out, grad_lse, query, pair, additional, bias, window, scale, backend, out, lse):
+def _(grad_out, grad_lse, query, pair, additional, bias, window, scale, backend, out, lse, needs):
     return tuple(
-        query.new_empty(0) if x is None else x.new_empty(x.shape) for x in (query, pair, additional, bias))
+        x.new_empty(x.shape) if x is not None and needed else query.new_empty(0)
+        for x, needed in zip((query, pair, additional, bias), needs))
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -170,7 +175,8 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _differentiate(ctx, grad_out: Optional[Tensor], grad_lse: Optional[Tensor]):
     *inputs, out, lse = ctx.saved_tensors
-    grad_lse = grad_lse if ctx.with_lse else None
+    # the gradient of both parts of the statistics is that of their sum
+    grad_lse = (grad_lse[1] if grad_lse.dim() == 5 else grad_lse) if ctx.with_lse and grad_lse is not None else None
     if grad_out is None and grad_lse is None:
         return (None,) * 8
     if torch.is_grad_enabled():  # create_graph=True: somebody differentiates the gradients
@@ -179,9 +185,10 @@ def _differentiate(ctx, grad_out: Optional[Tensor], grad_lse: Optional[Tensor]):
                 query, pair, Window(*ctx.window), additional, bias, ctx.scale, grad_lse is not None)
         return (*double_backward.gradients(function, inputs, (grad_out, grad_lse)), None, None, None, None)
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+    needs = ctx.needs_input_grad[:4]
     grads = torch.ops.ls_vision.long_short_attention_backward(
-        grad_out, grad_lse, *inputs, ctx.window, ctx.scale, ctx.backend, out, lse)
-    return (*(None if x is None else g for x, g in zip(inputs, grads)), None, None, None, None)
+        grad_out, grad_lse, *inputs, ctx.window, ctx.scale, ctx.backend, out, lse, needs)
+    return (*(g if needed else None for g, needed in zip(grads, needs)), None, None, None, None)
 
 
 _attention.register_autograd(_differentiate, setup_context=_setup_context)

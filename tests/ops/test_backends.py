@@ -32,7 +32,8 @@ def test_gradients_have_the_dtypes_that_the_operator_says(dtype):
     out, lse = torch.ops.ls_vision.long_short_attention(q, pair, additional, bias, window, 0.3, 'blocked', True)
     torch.library.opcheck(
         torch.ops.ls_vision.long_short_attention_backward.default,
-        (torch.randn_like(out), torch.randn_like(lse), q, pair, additional, bias, window, 0.3, 'blocked', out, lse))
+        (torch.randn_like(out), torch.randn_like(lse), q, pair, additional, bias, window, 0.3, 'blocked', out, lse,
+         [True] * 4))
 
 
 @settings(max_examples=40, deadline=None)

@@ -76,8 +76,9 @@ def measure(blocks=None, grad_size=1.0, **case):
 
 def compare(arguments, grad, grad_size):
     grad = grad * grad_size
-    out, lse = launcher.forward(*arguments, False)
-    grads = launcher.backward(grad, None, *arguments, out, lse)
+    out, statistics = launcher.forward(*arguments, False)
+    grads = launcher.backward(grad, None, *arguments, out, statistics, [True] * 4)
+    lse = statistics.sum(0)
 
     exact = [x.float().requires_grad_() if isinstance(x, torch.Tensor) else x for x in arguments]
     expected, expected_lse = reference_attention(*exact)
@@ -120,7 +121,7 @@ def compile_ahead(kernel, arch, dtype, options):
     from triton.compiler import ASTSource
     function = launcher.kernel(kernel)
     operand = {torch.float32: '*fp32', torch.float16: '*fp16', torch.bfloat16: '*bf16'}[dtype]
-    float32 = ('bias_ptr', 'lse_ptr', 'delta_ptr', 'dbias_ptr', 'dak_ptr', 'dav_ptr')
+    float32 = ('bias_ptr', 'peak_ptr', 'log_total_ptr', 'delta_ptr', 'dbias_ptr', 'dak_ptr', 'dav_ptr')
     signature, constants, attributes = {}, {}, {}
     for i, name in enumerate(function.arg_names):
         if name in options:
@@ -188,8 +189,8 @@ def launch(tune=False, **case):
             stack.enter_context(mock.patch.object(launcher, '_blocks', all_blocks))
         before = compiled_versions()
         arguments, grad = draw(**case)
-        out, lse = launcher.forward(*arguments, False)
-        launcher.backward(grad, None, *arguments, out, lse)
+        out, statistics = launcher.forward(*arguments, False)
+        launcher.backward(grad, None, *arguments, out, statistics, [True] * 4)
         return [after - count for after, count in zip(compiled_versions(), before, strict=True)]
 
 

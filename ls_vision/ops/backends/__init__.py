@@ -12,7 +12,7 @@ from . import blocked, composite, flex, reference, triton
 
 BACKEND_ENV = 'LS_VISION_BACKEND'
 
-Gradients = Tuple[Tensor, Tensor, Optional[Tensor], Optional[Tensor]]
+Gradients = Tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor], Optional[Tensor]]
 
 
 class Backend(NamedTuple):
@@ -21,12 +21,14 @@ class Backend(NamedTuple):
     why_not: Callable[[Tensor, Window, bool, bool], Optional[str]]
     """(query, window, with_grad, with_lse) -> why it can't compute this here, None where it can. Never raises."""
     forward: Callable[..., Tuple[Tensor, Tensor]]
-    """(query, pair, window, additional, bias, scale, with_lse) -> (out, lse)."""
+    """(query, pair, window, additional, bias, scale, with_lse) -> (out, lse or statistics)."""
     backward: Optional[Callable[..., Gradients]] = None
-    """(grad_out, grad_lse, query, pair, window, additional, bias, scale, out, lse) -> gradients of query, pair,
-    additional and bias. None where autograd differentiates the forward function."""
-    keeps_lse: bool = False
-    """The backward pass needs the log-sum-exp, so forward returns it whether asked for or not."""
+    """(grad_out, grad_lse, query, pair, window, additional, bias, scale, out, lse, needs) -> gradients of query, pair,
+    additional and bias, None for those that `needs` says nobody needs. None where autograd differentiates the forward
+    function."""
+    keeps_statistics: bool = False
+    """The backward pass needs the softmax's statistics: in place of the log-sum-exp, and whether asked for or not,
+    forward returns the two parts of which it is the sum, (2, B, h, H, W)."""
 
 
 def _always(query: Tensor, window: Window, with_grad: bool, with_lse: bool) -> Optional[str]:
@@ -38,7 +40,7 @@ BACKENDS: Dict[str, Backend] = {backend.name: backend for backend in (
     Backend('composite', _always, composite.composite_attention),
     Backend('blocked', _always, blocked.blocked_forward, blocked.blocked_backward),
     Backend('flex', flex.why_not, flex.flex_forward),
-    Backend('triton', triton.why_not, triton.forward, triton.backward, keeps_lse=True),
+    Backend('triton', triton.why_not, triton.forward, triton.backward, keeps_statistics=True),
 )}
 
 

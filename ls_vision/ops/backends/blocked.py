@@ -10,7 +10,7 @@ J = M + (keys inside the grid) keys of a window.
 import functools
 import math
 import threading
-from typing import Dict, List, Optional, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -300,14 +300,19 @@ def blocked_backward(
         scale: float,
         out: Tensor,
         lse: Tensor,
-) -> Tuple[Tensor, Tensor, Optional[Tensor], Optional[Tensor]]:
-    """Gradients of query, keys and values, additional ones, and bias, computed in float32 (doubles in double)."""
+        needs: Sequence[bool],
+) -> Tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor], Optional[Tensor]]:
+    """Gradients of query, keys and values, additional ones, and bias, computed in float32 (doubles in double).
+
+    None for those that do not exist or that `needs` says nobody needs.
+    """
     B, H, W, h, d = query.shape
     M = 0 if additional is None else additional.shape[1]
     dtype, device = statistics_dtype(query), query.device
     grad_q = torch.empty(query.shape, dtype=query.dtype, device=device)
     grad_pair = torch.zeros(pair.shape, dtype=dtype, device=device)
     grad_additional = torch.zeros(B, M, 2, h, d, dtype=dtype, device=device)
+    needs_query, needs_keys, needs_bias = needs[0], needs[1] or needs[2], needs[3] and bias is not None
     grad_bias = torch.zeros(h, window.rows, window.cols, *key_size(window), dtype=dtype, device=device)
     take = functools.partial(_buffers.take, like=query, dtype=dtype)
     masks = clipped_biases(bias, (H, W), window, M, dtype)
@@ -327,25 +332,28 @@ def blocked_backward(
 
         _fill_logits(p, q, k, mask, scale)
         torch.softmax(p, dim=-1, out=p)
-        torch.bmm(p.transpose(1, 2), do, out=dkv[1])
+        if needs_keys:
+            torch.bmm(p.transpose(1, 2), do, out=dkv[1])
         torch.bmm(do, v.transpose(1, 2), out=ds)  # gradient of the weights, then of the logits
         torch.ops.aten._softmax_backward_data.out(ds, p, -1, dtype, grad_input=ds)
         if grad_lse is not None:
             dl = take('dl', shape=(n * h, Q, 1))
             gather_queries(dl.view(n, h, Q, 1).transpose(1, 2), grad_lse, chunk)
             ds.addcmul_(p, dl)
-        torch.baddbmm(dkv[0], ds.transpose(1, 2), q, beta=0., alpha=scale, out=dkv[0])
-        torch.baddbmm(dq, ds, k, beta=0., alpha=scale, out=dq)
-
-        scatter_queries(grad_q, dq.view(n, h, Q, d).transpose(1, 2), chunk)
-        scatter_add_keys(grad_pair, grad_additional, dkv.view(2, n, h, J, d).permute(1, 3, 0, 2, 4), chunk)
-        if bias is not None:
+        if needs_keys:
+            torch.baddbmm(dkv[0], ds.transpose(1, 2), q, beta=0., alpha=scale, out=dkv[0])
+            scatter_add_keys(grad_pair, grad_additional, dkv.view(2, n, h, J, d).permute(1, 3, 0, 2, 4), chunk)
+        if needs_query:
+            torch.baddbmm(dq, ds, k, beta=0., alpha=scale, out=dq)
+            scatter_queries(grad_q, dq.view(n, h, Q, d).transpose(1, 2), chunk)
+        if needs_bias:
             row, col = chunk.row_run, chunk.col_run
             target = grad_bias[
                 :, :row.query_size, :col.query_size, row.key_offset:row.key_offset + row.key_size,
                 col.key_offset:col.key_offset + col.key_size]
             target.add_(ds.view(n, h, Q, J).sum(0)[..., M:].reshape(target.shape))
     return (
-        grad_q, grad_pair.to(pair.dtype),
-        None if additional is None else grad_additional.to(additional.dtype),
-        None if bias is None else grad_bias.flatten(3).flatten(1, 2).to(bias.dtype))
+        grad_q if needs_query else None,
+        grad_pair.to(pair.dtype) if needs[1] else None,
+        grad_additional.to(additional.dtype) if additional is not None and needs[2] else None,
+        grad_bias.flatten(3).flatten(1, 2).to(bias.dtype) if bias is not None and needs_bias else None)

@@ -1,7 +1,8 @@
 """Fused Triton kernels of long-short attention, forward and backward, for windows of at least one token.
 
 Shapes: B batch, H x W grid of local tokens, h heads, d head width, D the next power of two, M additional keys,
-w window size, p key margin, Q = w * w queries and K = (w + 2p)^2 keys of a window, lse and delta (B, h, H, W) float32.
+w window size, p key margin, Q = w * w queries and K = (w + 2p)^2 keys of a window; peak, log_total and delta
+(B, h, H, W) float32.
 
 Everything is read from and written to the raster; no tile of keys is ever in memory. The unit of work is a tile of
 `TILE_ROWS` x `TILE_COLS` tokens, one window or several whole ones. A kernel owns a block of a tile's tokens and walks
@@ -14,8 +15,10 @@ The key gradient walks over the queries of a tile of keys. Its tiles begin p tok
 their keys are in the squares of the tile's own windows and of the windows one before, but of no window after, and
 there are no more pairs to visit than in the forward pass.
 
-Logits of pairs that do not exist are -inf. Weights are recomputed as exp(logit - lse) in the backward pass. Where a
-tile begins is a 64-bit offset, offsets within tiles are 32 bit.
+Logits of pairs that do not exist are -inf. Weights are recomputed in the backward pass as
+exp(logit - peak - log_total), from the largest logit of a query and the logarithm of its sum of exponentials. The
+log-sum-exp, which is their sum, would not do: in float32 one of 10,000 leaves a weight three digits. Where a tile
+begins is a 64-bit offset, offsets within tiles are 32 bit.
 """
 import triton
 import triton.language as tl
@@ -185,8 +188,17 @@ def _accumulate(logits, v, peak, total, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _weights(logits, peak, log_total):
+    """exp(logit - peak - log_total), the softmax's weights. The three broadcast.
+
+    Peaks are rounded as in `_accumulate`, so that their errors cancel.
+    """
+    return tl.exp2(tl.fma(logits, _LOG2E, -(peak * _LOG2E)) - log_total * _LOG2E)
+
+
+@triton.jit
 def forward_kernel(
-        q_ptr, k_ptr, v_ptr, ak_ptr, av_ptr, bias_ptr, out_ptr, lse_ptr,
+        q_ptr, k_ptr, v_ptr, ak_ptr, av_ptr, bias_ptr, out_ptr, peak_ptr, log_total_ptr,
         q_b, q_y, q_x, q_h, k_b, k_y, k_x, k_h, v_b, v_y, v_x, v_h,
         ak_b, ak_m, ak_h, av_b, av_m, av_h, bias_h, bias_q,
         B, h, H, W, tiles_y, tiles_x, scale,
@@ -194,7 +206,7 @@ def forward_kernel(
         TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, M: tl.constexpr, HAS_BIAS: tl.constexpr,
         PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
 ):
-    """A block of a tile's queries against the additional keys and the tile's keys -> out, lse.
+    """A block of a tile's queries against the additional keys and the tile's keys -> out, peak, log_total.
 
     Rows of the bias table are the queries of a tile, columns its keys, -inf where these are not in the same window.
     """
@@ -238,13 +250,14 @@ def forward_kernel(
 
     out_ptr += _token_corner(batch, head, row0, col0, h, H, W) * HEAD_DIM
     _store_rows(out_ptr, (q_row * W + q_col) * (h * HEAD_DIM), acc / total[:, None], q_valid, HEAD_DIM, D)
-    lse_ptr += _map_corner(batch, head, row0, col0, h, H, W)
-    tl.store(lse_ptr + q_row * W + q_col, peak + tl.log(total), mask=q_valid)
+    map_offset = _map_corner(batch, head, row0, col0, h, H, W) + q_row * W + q_col
+    tl.store(peak_ptr + map_offset, peak, mask=q_valid)
+    tl.store(log_total_ptr + map_offset, tl.log(total), mask=q_valid)
 
 
 @triton.jit
-def _accumulate_query_gradient(logits, k, v, dout, lse, delta, scale, dq, PRECISION: tl.constexpr):
-    weights = tl.exp2(tl.fma(logits, _LOG2E, -(lse * _LOG2E)[:, None]))
+def _accumulate_query_gradient(logits, k, v, dout, peak, log_total, delta, scale, dq, PRECISION: tl.constexpr):
+    weights = _weights(logits, peak[:, None], log_total[:, None])
     dweights = _dot(dout, tl.trans(v), tl.zeros(logits.shape, tl.float32), PRECISION)
     # scaled before it is rounded: without the scale it would leave the range of float16 sooner
     dlogits = weights * (dweights - delta[:, None]) * scale
@@ -253,7 +266,8 @@ def _accumulate_query_gradient(logits, k, v, dout, lse, delta, scale, dq, PRECIS
 
 @triton.jit
 def query_gradient_kernel(
-        q_ptr, k_ptr, v_ptr, ak_ptr, av_ptr, bias_ptr, out_ptr, lse_ptr, dout_ptr, delta_ptr, dq_ptr,
+        q_ptr, k_ptr, v_ptr, ak_ptr, av_ptr, bias_ptr, out_ptr, peak_ptr, log_total_ptr, dout_ptr, delta_ptr,
+        dq_ptr,
         q_b, q_y, q_x, q_h, k_b, k_y, k_x, k_h, v_b, v_y, v_x, v_h,
         ak_b, ak_m, ak_h, av_b, av_m, av_h, bias_h, bias_q, dout_b, dout_y, dout_x, dout_h,
         B, h, H, W, tiles_y, tiles_x, scale,
@@ -280,7 +294,8 @@ def query_gradient_kernel(
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
     map_offset = _map_corner(batch, head, row0, col0, h, H, W) + q_row * W + q_col
     tl.store(delta_ptr + map_offset, delta, mask=q_valid)
-    lse = tl.load(lse_ptr + map_offset, mask=q_valid, other=0.)
+    peak = tl.load(peak_ptr + map_offset, mask=q_valid, other=0.)
+    log_total = tl.load(log_total_ptr + map_offset, mask=q_valid, other=0.)
 
     dq = tl.zeros((BLOCK_Q, D), tl.float32)
     if M > 0:
@@ -290,7 +305,7 @@ def query_gradient_kernel(
             m_index = start + tl.arange(0, BLOCK_M)
             k, v = _load_additional(ak_ptr, av_ptr, m_index, ak_m, av_m, M, HEAD_DIM, D)
             logits = tl.where((m_index < M)[None, :], _dot_logits(q, k, scale, PRECISION), float('-inf'))
-            dq = _accumulate_query_gradient(logits, k, v, dout, lse, delta, scale, dq, PRECISION)
+            dq = _accumulate_query_gradient(logits, k, v, dout, peak, log_total, delta, scale, dq, PRECISION)
 
     k_ptr += _corner(batch, head, row0, col0, k_b, k_y, k_x, k_h)
     v_ptr += _corner(batch, head, row0, col0, v_b, v_y, v_x, v_h)
@@ -304,33 +319,35 @@ def query_gradient_kernel(
         logits = _window_logits(
             q, k, bias_ptr, bias_q, q_index, q_row, q_col, k_index, k_row, k_col, k_inside, scale,
             WINDOW, MARGIN, TILE_ROWS * TILE_COLS, ROWS * COLS, HAS_BIAS, PRECISION)
-        dq = _accumulate_query_gradient(logits, k, v, dout, lse, delta, scale, dq, PRECISION)
+        dq = _accumulate_query_gradient(logits, k, v, dout, peak, log_total, delta, scale, dq, PRECISION)
     _store_rows(dq_ptr + corner, offset, dq, q_valid, HEAD_DIM, D)
 
 
 @triton.jit
 def _load_queries(
-        q_ptr, dout_ptr, lse_ptr, delta_ptr, batch, head, row0, col0, q_row, q_col, q_valid,
+        q_ptr, dout_ptr, peak_ptr, log_total_ptr, delta_ptr, batch, head, row0, col0, q_row, q_col, q_valid,
         q_b, q_y, q_x, q_h, dout_b, dout_y, dout_x, dout_h, h, H, W,
         HEAD_DIM: tl.constexpr, D: tl.constexpr,
 ):
-    """What backward kernels read of n queries: q and dout (n, D), lse and delta (n,). Zeros where not valid."""
+    """What backward kernels read of n queries: q, dout (n, D), peak, log_total, delta (n,). Zeros where not valid."""
     q_ptr += _corner(batch, head, row0, col0, q_b, q_y, q_x, q_h)
     q = _load_rows(q_ptr, q_row * q_y + q_col * q_x, q_valid, HEAD_DIM, D)
     dout_ptr += _corner(batch, head, row0, col0, dout_b, dout_y, dout_x, dout_h)
     dout = _load_rows(dout_ptr, q_row * dout_y + q_col * dout_x, q_valid, HEAD_DIM, D)
     offset = _map_corner(batch, head, row0, col0, h, H, W) + q_row * W + q_col
-    lse = tl.load(lse_ptr + offset, mask=q_valid, other=0.)
+    peak = tl.load(peak_ptr + offset, mask=q_valid, other=0.)
+    log_total = tl.load(log_total_ptr + offset, mask=q_valid, other=0.)
     delta = tl.load(delta_ptr + offset, mask=q_valid, other=0.)
-    return q, dout, lse, delta
+    return q, dout, peak, log_total, delta
 
 
 @triton.jit
-def _accumulate_key_gradient(logits, q, v, dout, lse, delta, scale, dk, dv, PRECISION: tl.constexpr):
+def _accumulate_key_gradient(logits, q, v, dout, peak, log_total, delta, scale, dk, dv, PRECISION: tl.constexpr):
     """Keys are rows here, queries columns."""
     # no weight is more than 1 but those of queries outside the grid, which a large bias must not make infinite: their
     # other factors are zeros. To mask them would take registers for every column.
-    weights = tl.exp2(tl.minimum(tl.fma(logits, _LOG2E, -(lse * _LOG2E)[None, :]), 0.))
+    exponents = tl.fma(logits, _LOG2E, -(peak * _LOG2E)[None, :]) - (log_total * _LOG2E)[None, :]
+    weights = tl.exp2(tl.minimum(exponents, 0., propagate_nan=tl.PropagateNan.ALL))
     dv = _dot(weights.to(dout.dtype), dout, dv, PRECISION)
     dweights = _dot(v, tl.trans(dout), tl.zeros(logits.shape, tl.float32), PRECISION)
     dlogits = weights * (dweights - delta[None, :]) * scale
@@ -339,7 +356,7 @@ def _accumulate_key_gradient(logits, q, v, dout, lse, delta, scale, dk, dv, PREC
 
 @triton.jit
 def key_gradient_kernel(
-        q_ptr, k_ptr, v_ptr, bias_ptr, lse_ptr, dout_ptr, delta_ptr, dk_ptr, dv_ptr,
+        q_ptr, k_ptr, v_ptr, bias_ptr, peak_ptr, log_total_ptr, dout_ptr, delta_ptr, dk_ptr, dv_ptr,
         q_b, q_y, q_x, q_h, k_b, k_y, k_x, k_h, v_b, v_y, v_x, v_h,
         bias_h, bias_k, dout_b, dout_y, dout_x, dout_h,
         B, h, H, W, tiles_y, tiles_x, scale,
@@ -387,8 +404,9 @@ def key_gradient_kernel(
             window_col = (first_x + (window & (windows_x - 1))) * WINDOW
             q_index, q_row, q_col, q_valid = _query_block(step % Q_BLOCKS, WINDOW, WINDOW, BLOCK_Q)
             q_valid = q_valid & _on_grid(window_row + q_row, window_col + q_col, H, W)
-            q, dout, lse, delta = _load_queries(
-                q_ptr, dout_ptr, lse_ptr, delta_ptr, batch, head, window_row, window_col, q_row, q_col, q_valid,
+            q, dout, peak, log_total, delta = _load_queries(
+                q_ptr, dout_ptr, peak_ptr, log_total_ptr, delta_ptr, batch, head, window_row, window_col,
+                q_row, q_col, q_valid,
                 q_b, q_y, q_x, q_h, dout_b, dout_y, dout_x, dout_h, h, H, W, HEAD_DIM, D)
             logits = _dot_logits(k, q, scale, PRECISION)
             square_row, square_col = row0 - window_row + k_row + MARGIN, col0 - window_col + k_col + MARGIN
@@ -397,7 +415,7 @@ def key_gradient_kernel(
                 position = tl.where(in_square, square_row * SIDE + square_col, SIDE * SIDE)
                 logits += _load_bias(bias_ptr, bias_k, position, q_index, SIDE * SIDE, TILE)
             logits = tl.where(in_square[:, None], logits, float('-inf'))
-            dk, dv = _accumulate_key_gradient(logits, q, v, dout, lse, delta, scale, dk, dv, PRECISION)
+            dk, dv = _accumulate_key_gradient(logits, q, v, dout, peak, log_total, delta, scale, dk, dv, PRECISION)
     else:
         # all queries around the tile row by row, from the first window before it; pairs are masked
         COLS: tl.constexpr = TILE_COLS + BEFORE * WINDOW
@@ -410,8 +428,8 @@ def key_gradient_kernel(
             q_row = _divide(q_index, COLS)
             q_col = q_index - q_row * COLS
             q_valid = (q_index < ROWS * COLS) & _on_grid(q_row0 + q_row, q_col0 + q_col, H, W)
-            q, dout, lse, delta = _load_queries(
-                q_ptr, dout_ptr, lse_ptr, delta_ptr, batch, head, q_row0, q_col0, q_row, q_col, q_valid,
+            q, dout, peak, log_total, delta = _load_queries(
+                q_ptr, dout_ptr, peak_ptr, log_total_ptr, delta_ptr, batch, head, q_row0, q_col0, q_row, q_col, q_valid,
                 q_b, q_y, q_x, q_h, dout_b, dout_y, dout_x, dout_h, h, H, W, HEAD_DIM, D)
             logits = _dot_logits(k, q, scale, PRECISION)
             if HAS_BIAS:
@@ -421,7 +439,7 @@ def key_gradient_kernel(
                     q_row[None, :], q_col[None, :], (k_row + (row0 - q_row0))[:, None],
                     (k_col + (col0 - q_col0))[:, None], WINDOW, MARGIN)
                 logits = tl.where(in_square, logits, float('-inf'))
-            dk, dv = _accumulate_key_gradient(logits, q, v, dout, lse, delta, scale, dk, dv, PRECISION)
+            dk, dv = _accumulate_key_gradient(logits, q, v, dout, peak, log_total, delta, scale, dk, dv, PRECISION)
 
     # gradients of keys and values lie side by side, as if they were of twice as many heads
     token = _token_corner(batch, head, row0, col0, 2 * h, H, W) * HEAD_DIM
@@ -432,7 +450,7 @@ def key_gradient_kernel(
 
 @triton.jit
 def additional_gradient_kernel(
-        q_ptr, ak_ptr, av_ptr, lse_ptr, dout_ptr, delta_ptr, dak_ptr, dav_ptr,
+        q_ptr, ak_ptr, av_ptr, peak_ptr, log_total_ptr, dout_ptr, delta_ptr, dak_ptr, dav_ptr,
         q_b, q_y, q_x, q_h, ak_b, ak_m, ak_h, av_b, av_m, av_h, dout_b, dout_y, dout_x, dout_h,
         B, h, H, W, splits, chunk, scale,
         HEAD_DIM: tl.constexpr, D: tl.constexpr, M: tl.constexpr,
@@ -455,11 +473,11 @@ def additional_gradient_kernel(
         # counted from the block's first token, which keeps offsets small
         row0, col0 = start // W, start % W
         q_row, q_col = token // W - row0, token % W - col0
-        q, dout, lse, delta = _load_queries(
-            q_ptr, dout_ptr, lse_ptr, delta_ptr, batch, head, row0, col0, q_row, q_col, token < end,
+        q, dout, peak, log_total, delta = _load_queries(
+            q_ptr, dout_ptr, peak_ptr, log_total_ptr, delta_ptr, batch, head, row0, col0, q_row, q_col, token < end,
             q_b, q_y, q_x, q_h, dout_b, dout_y, dout_x, dout_h, h, H, W, HEAD_DIM, D)
         logits = _dot_logits(k, q, scale, PRECISION)
-        dk, dv = _accumulate_key_gradient(logits, q, v, dout, lse, delta, scale, dk, dv, PRECISION)
+        dk, dv = _accumulate_key_gradient(logits, q, v, dout, peak, log_total, delta, scale, dk, dv, PRECISION)
 
     row = (split.to(tl.int64) * B + batch) * M * h + head
     _store_rows(dak_ptr + row * HEAD_DIM, m_index * h * HEAD_DIM, dk, m_index < M, HEAD_DIM, D)
@@ -468,7 +486,7 @@ def additional_gradient_kernel(
 
 @triton.jit
 def bias_gradient_kernel(
-        q_ptr, k_ptr, v_ptr, bias_ptr, lse_ptr, dout_ptr, delta_ptr, dbias_ptr,
+        q_ptr, k_ptr, v_ptr, bias_ptr, peak_ptr, log_total_ptr, dout_ptr, delta_ptr, dbias_ptr,
         q_b, q_y, q_x, q_h, k_b, k_y, k_x, k_h, v_b, v_y, v_x, v_h,
         bias_h, bias_q, dout_b, dout_y, dout_x, dout_h,
         B, h, H, W, tiles_y, tiles_x, groups, scale,
@@ -498,8 +516,8 @@ def bias_gradient_kernel(
         tile_y = (tile - batch * (tiles_y * tiles_x)) // tiles_x
         row0, col0 = tile_y * TILE_ROWS, (tile - (batch * tiles_y + tile_y) * tiles_x) * TILE_COLS
         q_inside = q_valid & _on_grid(row0 + q_row, col0 + q_col, H, W)
-        q, dout, lse, delta = _load_queries(
-            q_ptr, dout_ptr, lse_ptr, delta_ptr, batch, head, row0, col0, q_row, q_col, q_inside,
+        q, dout, peak, log_total, delta = _load_queries(
+            q_ptr, dout_ptr, peak_ptr, log_total_ptr, delta_ptr, batch, head, row0, col0, q_row, q_col, q_inside,
             q_b, q_y, q_x, q_h, dout_b, dout_y, dout_x, dout_h, h, H, W, HEAD_DIM, D)
         k_corner = _corner(batch, head, row0, col0, k_b, k_y, k_x, k_h)
         v_corner = _corner(batch, head, row0, col0, v_b, v_y, v_x, v_h)
@@ -508,8 +526,8 @@ def bias_gradient_kernel(
             HEAD_DIM, D, MARGIN, ROWS, COLS)
         logits = tl.where(k_inside[None, :], _dot_logits(q, k, scale, PRECISION) + bias, float('-inf'))
         # what the bias makes of queries outside the grid must not be infinite, as it is multiplied by zeros
-        lse = tl.where(q_inside, lse, float('inf'))
-        weights = tl.exp2(tl.fma(logits, _LOG2E, -(lse * _LOG2E)[:, None]))
+        peak = tl.where(q_inside, peak, float('inf'))
+        weights = _weights(logits, peak[:, None], log_total[:, None])
         dweights = _dot(dout, tl.trans(v), tl.zeros((BLOCK_Q, BLOCK_K), tl.float32), PRECISION)
         dbias += weights * (dweights - delta[:, None])
 

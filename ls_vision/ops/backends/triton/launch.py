@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import math
 import os
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +37,7 @@ _REDUCTION_PROGRAMS = 1024
 _REDUCTION_STEPS = 4
 
 Arguments = Dict[str, Any]
-Gradients = Tuple[Tensor, Tensor, Optional[Tensor], Optional[Tensor]]
+Gradients = Tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor], Optional[Tensor]]
 
 
 class Blocks(NamedTuple):
@@ -162,8 +162,6 @@ def constants(head_dim: int, window_size: int, num_additional: int, has_bias: bo
     """Compile-time arguments of the kernels, but for block shapes."""
     side = tile_side(window_size)
     block_m = max(_power_of_two(num_additional), 16)
-    # products of float32 have the precision that the user allows PyTorch's
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     return dict(
         HEAD_DIM=head_dim,
         D=max(_power_of_two(head_dim), 16),  # the least that tensor cores take
@@ -176,8 +174,18 @@ def constants(head_dim: int, window_size: int, num_additional: int, has_bias: bo
         BLOCK_M=min(block_m, 32),
         ROWS_M=min(block_m, 32 if dtype == torch.float32 else 64),
         HAS_BIAS=has_bias,
-        PRECISION='tf32' if tf32 else 'ieee',
+        PRECISION='tf32' if dtype == torch.float32 and _allows_tf32() else 'ieee',
     )
+
+
+def _allows_tf32() -> bool:
+    """Whether the user allows PyTorch products of float32 in TF32; then they are allowed here.
+
+    Tensor cores read the leading 19 bits of an operand, so operands are truncated, where cuBLAS rounds them.
+    """
+    # `allow_tf32` raises once anybody has set precisions by name
+    precision = torch.backends.cuda.matmul.fp32_precision
+    return (torch.backends.fp32_precision if precision == 'none' else precision) == 'tf32'  # type: ignore[attr-defined]
 
 
 def forward(
@@ -189,16 +197,22 @@ def forward(
         scale: float,
         with_lse: bool,
 ) -> Tuple[Tensor, Tensor]:
-    """`ls_vision.ops.attention.attend`, which describes arguments and results; the log-sum-exp is always there."""
+    """`ls_vision.ops.attention.attend`, which describes arguments and results.
+
+    Returns:
+        out: (B, H, W, h, d).
+        statistics: (2, B, h, H, W) float32, the largest logit of each query and the logarithm of the sum of
+            exponentials relative to it.
+    """
     B, H, W, h, d = query.shape
     window_size = window.rows
     out = torch.empty((B, H, W, h, d), dtype=query.dtype, device=query.device)
-    lse = torch.empty((B, h, H, W), dtype=torch.float32, device=query.device)
+    statistics = torch.empty((2, B, h, H, W), dtype=torch.float32, device=query.device)
     arguments = _arguments(query, pair, window_size, additional, bias, scale)
-    arguments.update(out_ptr=out, lse_ptr=lse, **_query_table(bias, window_size, lse))
+    arguments.update(out_ptr=out, **_statistics(statistics), **_query_table(bias, window_size, statistics))
     tiles = B * h * arguments['tiles_y'] * arguments['tiles_x']
     _launch('forward', tiles, arguments, BLOCK_Q=tile_side(window_size) ** 2)
-    return out, lse
+    return out, statistics
 
 
 def backward(
@@ -211,7 +225,8 @@ def backward(
         bias: Optional[Tensor],
         scale: float,
         out: Tensor,
-        lse: Tensor,
+        statistics: Tensor,
+        needs: Sequence[bool],
 ) -> Gradients:
     """Gradients of `forward`, from its arguments and results, contiguous and in the dtypes of the inputs.
 
@@ -219,35 +234,42 @@ def backward(
     log-sum-exp, which the kernels don't know, is left to the portable backend.
 
     Returns:
-        Gradients of query, pair, additional and bias, None for those that are None.
+        Gradients of query, pair, additional and bias, None for those that are None or that nobody needs.
     """
     if grad_lse is not None:
-        return blocked_backward(grad_out, grad_lse, query, pair, window, additional, bias, scale, out, lse)
+        return blocked_backward(
+            grad_out, grad_lse, query, pair, window, additional, bias, scale, out, statistics, needs)
     B, H, W, h, _ = query.shape
     window_size, margin = window.rows, window.row_margin
     side = tile_side(window_size)
     arguments = _arguments(query, pair, window_size, additional, bias, scale)
-    delta = torch.empty_like(lse)
-    grad_query, grad_pair = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, pair))
-    dk, dv = grad_pair.unbind(3)
-    arguments.update(out_ptr=out.contiguous(), lse_ptr=lse.contiguous(), delta_ptr=delta)
+    delta = torch.empty((B, h, H, W), dtype=torch.float32, device=query.device)
+    grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    grad_pair = grad_additional = grad_bias = None
+    arguments.update(out_ptr=out.contiguous(), delta_ptr=delta, **_statistics(statistics.contiguous()))
     arguments.update(**_token_arguments('dout', _readable(grad_out, query.dtype)))
-    query_table = _query_table(bias, window_size, lse)
+    query_table = _query_table(bias, window_size, delta)
     tiles = B * h * arguments['tiles_y'] * arguments['tiles_x']
 
-    # also fills in delta, so it comes first
+    # fills in delta for the others, so it comes first and is never left out
     _launch('query_gradient', tiles, {**arguments, **query_table, 'dq_ptr': grad_query}, BLOCK_Q=side ** 2)
-
-    # key tiles begin p tokens before the grid
-    tiles_y, tiles_x = _ceil_div(H + margin, side), _ceil_div(W + margin, side)
-    key_arguments = dict(dk_ptr=dk, dv_ptr=dv, tiles_y=tiles_y, tiles_x=tiles_x, **_key_table(bias, window_size, lse))
-    _launch('key_gradient', B * h * tiles_y * tiles_x, {**arguments, **key_arguments}, BLOCK_K=side ** 2)
-
-    grad_additional = None if additional is None else _additional_gradient(arguments, query, additional)
-    grad_bias = None
-    if bias is not None:
+    if needs[1]:
+        grad_pair = torch.empty(pair.shape, dtype=pair.dtype, device=pair.device)
+        dk, dv = grad_pair.unbind(3)
+        # key tiles begin p tokens before the grid
+        tiles_y, tiles_x = _ceil_div(H + margin, side), _ceil_div(W + margin, side)
+        own = dict(dk_ptr=dk, dv_ptr=dv, tiles_y=tiles_y, tiles_x=tiles_x, **_key_table(bias, window_size, delta))
+        _launch('key_gradient', B * h * tiles_y * tiles_x, {**arguments, **own}, BLOCK_K=side ** 2)
+    if additional is not None and needs[2]:
+        grad_additional = _additional_gradient(arguments, query, additional)
+    if bias is not None and needs[3]:
         grad_bias = _bias_gradient({**arguments, **query_table}, query, window_size).to(bias.dtype)
-    return grad_query, grad_pair, grad_additional, grad_bias
+    return grad_query if needs[0] else None, grad_pair, grad_additional, grad_bias
+
+
+def _statistics(statistics: Tensor) -> Arguments:
+    """Pointers to the halves of (2, B, h, H, W)."""
+    return dict(peak_ptr=statistics[0], log_total_ptr=statistics[1])
 
 
 def _additional_gradient(arguments: Arguments, query: Tensor, additional: Tensor) -> Tensor:
