@@ -1,0 +1,107 @@
+"""Compiles what Triton is asked to launch and runs it in the interpreter instead."""
+import contextlib
+import inspect
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Tuple
+from unittest import mock
+
+import numpy as np
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from .interpreter import Kernel
+from .memory import GlobalMemory
+
+
+class Driver:
+    """Stands for one GPU of compute capability 8.0 that is not there."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget('cuda', 80, 32)
+
+    def get_current_device(self) -> int:
+        return -80  # none that there is, for compiled kernels are kept by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+class Launch(NamedTuple):
+    """A launch of a kernel, as it was before it ran."""
+    name: str
+    ptx: str
+    parameters: Tuple[int, ...]
+    storages: Tuple[np.ndarray, ...]
+    """Bytes of the tensors' memory."""
+    owners: Tuple[Tuple[int, int], ...]
+    """Of the parameters that are tensors: number of the parameter and of its storage."""
+    programs: int
+    threads: int
+    shared: int
+
+    def run(self, edit: Callable[[str], str] = lambda ptx: ptx) -> List[np.ndarray]:
+        """Runs the kernel after an edit of its text. Returns what it leaves in the storages."""
+        kernel = Kernel(edit(self.ptx))
+        memory = GlobalMemory(list(self.storages))
+        values = list(self.parameters)
+        for parameter, storage in self.owners:
+            values[parameter] += memory.addresses[storage]
+        names = kernel.program.parameters
+        # the last are buffers that our kernels do not ask for
+        values += [0] * (len(names) - len(values))
+        kernel.run(dict(zip(names, values)), memory, self.programs, self.threads, self.shared)
+        return [memory.storage(number) for number in range(len(self.storages))]
+
+
+@contextlib.contextmanager
+def interpreted() -> Iterator[List[Launch]]:
+    """Launches of Triton kernels run in the interpreter in here. Yields a list that they are added to."""
+    launches: List[Launch] = []
+    compile_and_launch = triton.runtime.JITFunction.run
+
+    def run(function: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        compiled = compile_and_launch(function, *args, grid=grid, warmup=True, **kwargs)
+        names = [name for name in kwargs if name in function.arg_names]
+        arguments = inspect.signature(function.fn).bind(*args, **{name: kwargs[name] for name in names}).arguments
+        programs = int(np.prod(grid(arguments) if callable(grid) else grid))
+        tensors = _storages(arguments)
+        launch = _record(compiled, arguments, tensors, programs)
+        launches.append(launch)
+        for storage, result in zip(tensors, launch.run()):
+            storage[:] = result
+
+    # there is no public way back to no driver
+    with mock.patch.object(triton.runtime.driver, '_active', Driver()), \
+            mock.patch.object(triton.runtime.JITFunction, 'run', run):
+        yield launches
+
+
+def _bytes(tensor: torch.Tensor) -> np.ndarray:
+    """The whole storage of a tensor."""
+    return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).numpy()
+
+
+def _storages(arguments: Dict[str, Any]) -> List[np.ndarray]:
+    """Each once."""
+    tensors = [x for x in arguments.values() if isinstance(x, torch.Tensor)]
+    return list({x.untyped_storage().data_ptr(): _bytes(x) for x in tensors}.values())
+
+
+def _record(compiled: Any, arguments: Dict[str, Any], tensors: List[np.ndarray], programs: int) -> Launch:
+    """What the driver would be given, with tensors as offsets in their storages."""
+    parameters, owners = [], []
+    starts = [tensor.ctypes.data for tensor in tensors]
+    for name, kind in compiled.src.signature.items():
+        x = arguments[name]
+        if kind == 'constexpr':  # in the text
+            continue
+        if isinstance(x, torch.Tensor):
+            start = x.untyped_storage().data_ptr()
+            owners.append((len(parameters), starts.index(start)))
+            parameters.append(x.data_ptr() - start)
+        else:
+            parameters.append(int(np.float32(x).view(np.uint32)) if kind == 'fp32' else int(x))
+    metadata = compiled.metadata
+    return Launch(
+        metadata.name, compiled.asm['ptx'], tuple(parameters), tuple(x.copy() for x in tensors), tuple(owners),
+        programs, metadata.num_warps * 32, metadata.shared)
