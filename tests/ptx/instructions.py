@@ -1,193 +1,267 @@
-"""What the instructions compute that only look at registers of their own thread.
+"""What each instruction does to an execution.
 
-Each is a function of arrays. Half-precision numbers of 8 exponent bits, which numpy lacks, are integers here.
+P programs, T threads of each in warps of 32; N threads take part.
 """
-import itertools
-from typing import Callable, Dict, NamedTuple, Tuple
+import functools
+import re
+from typing import Callable, List, Optional, Tuple
 
 import numpy as np
 
+from .arithmetic import DTYPES, OPERATIONS, from_bfloat16
+from .execution import Execution, literal
+from .program import Instruction
+
 Array = np.ndarray
+Step = Callable[[Execution], None]
 
-DTYPES = {
-    'pred': np.bool_,
-    'b8': np.uint8, 'u8': np.uint8, 's8': np.int8,
-    'b16': np.uint16, 'u16': np.uint16, 's16': np.int16, 'f16': np.float16, 'bf16': np.uint16,
-    'b32': np.uint32, 'u32': np.uint32, 's32': np.int32, 'f32': np.float32, 'bf16x2': np.uint32, 'f16x2': np.uint32,
-    'b64': np.uint64, 'u64': np.uint64, 's64': np.int64,
-}
-_INTEGERS = ('u16', 's16', 'u32', 's32', 'u64', 's64')
-_BITS = ('b16', 'b32', 'b64')
-_WIDER = {'u16': 'u32', 's16': 's32', 'u32': 'u64', 's32': 's64'}
-_SMALLEST_NORMAL = np.finfo(np.float32).tiny
+BRANCHES = ('bra', 'bra.uni', 'ret')
+_ACCESS = r'(?P<do>ld|st)\.(?P<space>global|shared(::cta)?)(\.v(?P<count>[24]))?\.(?P<type>[bsuf]\d+)'
+_LANES = np.arange(32)
 
 
-class Operation(NamedTuple):
-    """A function of arrays of the operands' types."""
-    function: Callable[..., Array]
-    result: str
-    operands: Tuple[str, ...]
+class UnknownInstruction(Exception):
+    """The interpreter lacks it."""
 
 
-# ---- integers -----------------------------------------------------------------------------------------------------
+def decode(instruction: Instruction) -> Step:
+    """A function that executes the instruction.
+
+    Raises:
+        UnknownInstruction: There is none.
+    """
+    opcode, operands = instruction.opcode, instruction.operands
+    vectors = any(isinstance(operand, tuple) for operand in operands)
+    if '|' in instruction.text:  # a second result
+        raise UnknownInstruction
+    if opcode in BRANCHES:
+        return _nothing
+    if opcode in OPERATIONS and not vectors:
+        return _operation(opcode, *operands)
+    for pattern, build in _PATTERNS:
+        match = re.fullmatch(pattern, opcode)
+        if match:
+            return build(match, *operands)
+    raise UnknownInstruction
 
 
-def _quotient(a: Array, b: Array) -> Array:
-    """Rounded towards zero."""
-    return (a - np.fmod(a, b)) // b
+def _nothing(execution: Execution) -> None:
+    """Branches change no registers."""
 
 
-def _high_product(a: Array, b: Array) -> Array:
-    """The upper half of the product of 32-bit numbers."""
-    wide = np.int64 if a.dtype.kind == 'i' else np.uint64
-    return (a.astype(wide) * b.astype(wide) >> wide(32)).astype(a.dtype)
+def _operation(opcode: str, destination: str, *sources: str) -> Step:
+    operation = OPERATIONS[opcode]
+    if len(sources) != len(operation.operands):
+        raise UnknownInstruction
+    dtypes = [DTYPES[t] for t in operation.operands]
+
+    def step(execution: Execution) -> None:
+        execution.write(destination, operation.function(*map(execution.read, sources, dtypes)))
+
+    return step
 
 
-def _wide_product(a: Array, b: Array) -> Array:
-    wide = np.dtype(f'{a.dtype.kind}{2 * a.dtype.itemsize}')
-    return a.astype(wide) * b.astype(wide)
+def _load_parameter(match, destination: str, source: str) -> Step:
+    dtype = DTYPES[match['type']]
+
+    def step(execution: Execution) -> None:
+        execution.write(destination, literal(str(execution.parameters[source.strip('[]')]), dtype))
+
+    return step
 
 
-def _shift_left(a: Array, b: Array) -> Array:
-    return a << b.astype(a.dtype)
+def _repack(match, destination, source) -> Step:
+    """mov between a register and a vector of its parts, the first of which has the lowest bits."""
+    bits = int(match['bits'])
+    whole = DTYPES[f'b{bits}']
+
+    def unpack(execution: Execution) -> None:
+        value, width = execution.read(source, whole), bits // len(destination)
+        for i, register in enumerate(destination):
+            execution.write(register, (value >> whole(i * width)).astype(f'u{width // 8}'))
+
+    def pack(execution: Execution) -> None:
+        width = bits // len(source)
+        parts = [execution.read(part, DTYPES[f'b{width}']).astype(whole) << whole(i * width)
+                 for i, part in enumerate(source)]
+        execution.write(destination, functools.reduce(np.bitwise_or, parts))
+
+    return unpack if isinstance(destination, tuple) else pack
 
 
-def _shift_right(a: Array, b: Array) -> Array:
-    return a >> b.astype(a.dtype)
+def _access(match, first, second) -> Step:
+    """ld and st."""
+    dtype, is_global = DTYPES[match['type']], match['space'] == 'global'
+    unsigned = np.dtype(f'u{np.dtype(dtype).itemsize}').type
+    address, registers = (second, first) if match['do'] == 'ld' else (first, second)
+    registers = registers if isinstance(registers, tuple) else (registers,)
+    if len(registers) != int(match['count'] or 1):
+        raise UnknownInstruction
+
+    def load(execution: Execution) -> None:
+        memory = execution.memory if is_global else execution.shared
+        values = memory.load(execution.place(execution.address(address)), unsigned, len(registers))
+        for i, register in enumerate(registers):
+            execution.write(register, execution.spread(values[:, i]).view(dtype))
+
+    def store(execution: Execution) -> None:
+        memory = execution.memory if is_global else execution.shared
+        values = np.stack([execution.select(execution.read(register, unsigned)) for register in registers], 1)
+        memory.store(execution.place(execution.address(address)), values)
+
+    return load if match['do'] == 'ld' else store
 
 
-def _bit_field(a: Array, position: Array, length: Array) -> Array:
-    """`length` bits from a position on, the highest of them the sign of a signed number."""
-    position, length = position.astype(a.dtype), length.astype(a.dtype)
-    above = np.maximum(32 - position.astype(np.int64) - length, 0).astype(a.dtype)
-    return a << above >> above + position
+def _copy(match, destination: str, source: str, size: str, used: Optional[str] = None) -> Step:
+    """cp.async, whose bytes are zeros where none of the source's are to be used."""
+    size = int(size, 0)
+
+    def step(execution: Execution) -> None:
+        values = np.zeros((*execution.shape, size // 4), np.uint32)
+        read = execution.read(used or str(size), np.uint32)
+        if not np.isin(execution.select(read), (0, size)).all():
+            raise UnknownInstruction(f'cp.async of some of {size} bytes')
+        with execution.only(read != 0):
+            loaded = execution.memory.load(execution.place(execution.address(source)), np.uint32, size // 4)
+            for i in range(size // 4):
+                values[..., i] = execution.spread(loaded[:, i])
+        place = execution.place(execution.address(destination))
+        execution.shared.start_copy(place, np.stack([execution.select(x) for x in np.moveaxis(values, 2, 0)], 1))
+
+    return step
 
 
-# ---- floating point -----------------------------------------------------------------------------------------------
+def _barrier(match, number: str) -> Step:
+    if number != '0':
+        raise UnknownInstruction
+    return lambda execution: execution.shared.barrier(execution.whole('program'))
 
 
-def _fused_multiply_add(a: Array, b: Array, c: Array) -> Array:
-    # the product of two float32 is exact in float64
-    return (a.astype(np.float64) * b + c).astype(np.float32)
+def _end_group(match) -> Step:
+    return lambda execution: execution.shared.end_group(execution.whole('program'))
 
 
-def _flush(x: Array) -> Array:
-    """Subnormal numbers become zeros (.ftz)."""
-    return np.where(np.abs(x) < _SMALLEST_NORMAL, np.float32(0), x)
+def _wait_group(match, pending: str) -> Step:
+    return lambda execution: execution.shared.wait(execution.whole('program'), int(pending, 0))
 
 
-def _flushing(function: Callable[..., Array]) -> Callable[..., Array]:
-    return lambda *operands: _flush(function(*map(_flush, operands)))
+def _shuffle(choose: Callable[[Array], Array]) -> Callable[..., Step]:
+    """shfl: the value of another lane of the warp."""
+
+    def build(match, destination: str, source: str, lane: str, clamp: str, members: str) -> Step:
+        if int(clamp, 0) != 31 or int(members, 0) not in (-1, 2 ** 32 - 1):
+            raise UnknownInstruction
+
+        def step(execution: Execution) -> None:
+            execution.whole('warp')
+            value, number = (_by_warp(execution, operand) for operand in (source, lane))
+            chosen = choose(number.astype(np.int64)) & 31
+            execution.write(destination, np.take_along_axis(value, chosen, 2).reshape(execution.shape))
+
+        return step
+
+    return build
 
 
-def _to_bfloat16(x: Array) -> Array:
-    bits = x.view(np.uint32)
-    rounded = bits + np.uint32(0x7fff) + (bits >> np.uint32(16) & np.uint32(1)) >> np.uint32(16)
-    return np.where(np.isnan(x), np.uint32(0x7fff), rounded).astype(np.uint16)
+def _load_matrix(match, registers: Tuple[str, ...], address: str) -> Step:
+    """ldmatrix: lanes 8 i to 8 i + 7 have the addresses of the rows of matrix i, 8 x 8 numbers of 16 bits."""
+    count = int(match['count'])
+    row, pair = _LANES // 4, _LANES % 4 * 2  # a lane gets two neighbours in a row, or in a column if transposed
+
+    def step(execution: Execution) -> None:
+        execution.whole('warp')
+        with execution.only(np.arange(execution.shape[1])[None] % 32 < 8 * count):
+            rows = execution.shared.load(execution.place(execution.address(address)), np.uint16, 8)
+            rows = np.stack([execution.spread(rows[:, i]) for i in range(8)], 2)  # (P, T, 8)
+        matrices = rows.reshape(execution.shape[0], -1, 4, 8, 8).astype(np.uint32)  # (P, warps, matrix, row, column)
+        for i, register in enumerate(registers):
+            matrix = matrices[:, :, i].swapaxes(-1, -2) if match['trans'] else matrices[:, :, i]
+            value = matrix[..., row, pair] | matrix[..., row, pair + 1] << np.uint32(16)
+            execution.write(register, value.reshape(execution.shape))
+
+    return step
 
 
-def from_bfloat16(x: Array) -> Array:
-    """bfloat16 as uint16 -> float32."""
-    return (x.astype(np.uint32) << np.uint32(16)).view(np.float32)
+def _multiply(match, result: Tuple[str, ...], a: Tuple[str, ...], b: Tuple[str, ...], c: Tuple[str, ...]) -> Step:
+    """mma: c (16, 8) + a (16, k) @ b (k, 8), of which each thread has a few entries."""
+    k = int(match['k'])
+    if (k == 8) != (match['type'] == 'tf32'):
+        raise UnknownInstruction
+    a_places, b_places, c_places = _fragments(k)
+
+    def step(execution: Execution) -> None:
+        execution.whole('warp')
+        a_entries, b_entries = (_entries(execution, registers, match['type']) for registers in (a, b))
+        c_entries = _entries(execution, c, 'f32')
+        total = c_entries[:, c_places] + a_entries[:, a_places] @ b_entries[:, b_places]
+        # back to the threads, whose entries are all different ones
+        entries = np.empty_like(c_entries)
+        entries[:, c_places] = total
+        entries = entries.reshape(*execution.shape, 4)
+        for i, register in enumerate(result):
+            execution.write(register, entries[..., i])
+
+    return step
 
 
-def _to_float16(x: Array) -> Array:
-    return x.astype(np.float16).view(np.uint16)
+def _fragments(k: int) -> Tuple[Array, Array, Array]:
+    """Where the entries of a (16, k), b (k, 8) and c (16, 8) are among those of a warp's lanes, lane after lane."""
+    group, thread = _LANES[:, None] // 4, _LANES[:, None] % 4
+    if k == 16:
+        i, j = np.arange(8), np.arange(4)
+        a = group + i // 2 % 2 * 8, thread * 2 + i % 2 + i // 4 * 8
+        b = thread * 2 + j % 2 + j // 2 * 8, group + 0 * j
+    else:
+        i, j = np.arange(4), np.arange(2)
+        a = group + i % 2 * 8, thread + i // 2 * 4
+        b = thread + j * 4, group + 0 * j
+    i = np.arange(4)
+    c = group + i // 2 * 8, thread * 2 + i % 2
+    return tuple(_places(rows, cols, shape) for (rows, cols), shape in ((a, (16, k)), (b, (k, 8)), (c, (16, 8))))
 
 
-def _packing(convert: Callable[[Array], Array]) -> Callable[[Array, Array], Array]:
-    """Two numbers in a register, the first in the upper half."""
-    return lambda high, low: convert(high).astype(np.uint32) << np.uint32(16) | convert(low)
+def _places(rows: Array, cols: Array, shape: Tuple[int, int]) -> Array:
+    places = np.empty(shape, np.int64)
+    places[rows, cols] = np.arange(rows.size).reshape(rows.shape)
+    return places
 
 
-# ---- the table ----------------------------------------------------------------------------------------------------
+def _entries(execution: Execution, registers: Tuple[str, ...], dtype: str) -> Array:
+    """The numbers in some registers of each warp's lanes as float32, lane after lane. (warps of all programs, n)"""
+    values = [np.broadcast_to(execution.read(register, np.uint32), execution.shape) for register in registers]
+    bits = np.stack(values, 2)
+    if dtype == 'bf16':
+        numbers = from_bfloat16(bits.view(np.uint16))
+    elif dtype == 'f16':
+        numbers = bits.view(np.float16).astype(np.float32)
+    else:
+        numbers = (bits & np.uint32(0xffffe000) if dtype == 'tf32' else bits).view(np.float32)
+    return numbers.reshape(execution.shape[0] * execution.shape[1] // 32, -1)
 
 
-def _arithmetic() -> Dict[str, Operation]:
-    table = {}
-    functions = {
-        'add': (2, np.add), 'sub': (2, np.subtract), 'mul.lo': (2, np.multiply), 'min': (2, np.minimum),
-        'max': (2, np.maximum), 'div': (2, _quotient), 'rem': (2, np.fmod), 'neg': (1, np.negative), 'abs': (1, np.abs),
-        'mad.lo': (3, lambda a, b, c: a * b + c),
-    }
-    for (name, (operands, function)), t in itertools.product(functions.items(), _INTEGERS):
-        table[f'{name}.{t}'] = Operation(function, t, (t,) * operands)
-    for t, wide in _WIDER.items():
-        table[f'mul.wide.{t}'] = Operation(_wide_product, wide, (t, t))
-        table[f'mad.wide.{t}'] = Operation(lambda a, b, c: _wide_product(a, b) + c, wide, (t, t, wide))
-    for t in ('u32', 's32'):
-        table[f'mul.hi.{t}'] = Operation(_high_product, t, (t, t))
-        table[f'bfe.{t}'] = Operation(_bit_field, t, (t, 'u32', 'u32'))
-    floats = {
-        'add': (2, np.add), 'sub': (2, np.subtract), 'mul': (2, np.multiply), 'neg': (1, np.negative),
-        'abs': (1, np.abs), 'min': (2, np.fmin), 'max': (2, np.fmax), 'min.NaN': (2, np.minimum),
-        'max.NaN': (2, np.maximum), 'div.full': (2, np.divide), 'div.rn': (2, np.divide),
-        'fma.rn': (3, _fused_multiply_add), 'fma.rn.ftz': (3, _flushing(_fused_multiply_add)),
-        'ex2.approx.ftz': (1, _flushing(np.exp2)), 'lg2.approx.ftz': (1, _flushing(np.log2)),
-    }
-    for name, (operands, function) in floats.items():
-        table[f'{name}.f32'] = Operation(function, 'f32', ('f32',) * operands)
-    return table
+def _by_warp(execution: Execution, operand: str) -> Array:
+    """(P, warps, 32)"""
+    return np.broadcast_to(execution.read(operand, np.uint32), execution.shape).reshape(execution.shape[0], -1, 32)
 
 
-def _bitwise() -> Dict[str, Operation]:
-    table = {}
-    functions = {
-        'and': (2, np.bitwise_and), 'or': (2, np.bitwise_or), 'xor': (2, np.bitwise_xor), 'not': (1, np.invert),
-    }
-    for (name, (operands, function)), t in itertools.product(functions.items(), ('pred', *_BITS)):
-        table[f'{name}.{t}'] = Operation(function, t, (t,) * operands)
-    for t in _BITS:
-        table[f'shl.{t}'] = Operation(_shift_left, t, (t, 'u32'))
-    for t in (*_BITS, *_INTEGERS):
-        table[f'shr.{t}'] = Operation(_shift_right, t, (t, 'u32'))
-    return table
+def shared_granule(instruction: Instruction) -> Optional[int]:
+    """Bytes of the smallest piece of shared memory that an instruction may access without the rest."""
+    match = re.fullmatch(_ACCESS, instruction.opcode)
+    if match and match['space'] != 'global':
+        return np.dtype(DTYPES[match['type']]).itemsize
+    return None
 
 
-def _comparisons() -> Dict[str, Operation]:
-    table = {}
-    functions = {
-        'eq': np.equal, 'ne': np.not_equal, 'lt': np.less, 'le': np.less_equal, 'gt': np.greater,
-        'ge': np.greater_equal,
-    }
-    for (name, function), t in itertools.product(functions.items(), (*_BITS, *_INTEGERS)):
-        table[f'setp.{name}.{t}'] = Operation(function, 'pred', (t, t))
-
-    def ordered(function):
-        return lambda a, b: function(a, b) & ~(np.isnan(a) | np.isnan(b))
-
-    def or_unordered(function):
-        return lambda a, b: function(a, b) | np.isnan(a) | np.isnan(b)
-
-    for name, function in functions.items():
-        table[f'setp.{name}.f32'] = Operation(ordered(function), 'pred', ('f32', 'f32'))
-        table[f'setp.{name}u.f32'] = Operation(or_unordered(function), 'pred', ('f32', 'f32'))
-    table['setp.nan.f32'] = Operation(lambda a, b: np.isnan(a) | np.isnan(b), 'pred', ('f32', 'f32'))
-    table['setp.num.f32'] = Operation(lambda a, b: ~(np.isnan(a) | np.isnan(b)), 'pred', ('f32', 'f32'))
-    for t in (*_BITS, *_INTEGERS, 'f32'):
-        table[f'selp.{t}'] = Operation(lambda a, b, p: np.where(p, a, b), t, (t, t, 'pred'))
-    return table
-
-
-def _conversions() -> Dict[str, Operation]:
-    table = {}
-
-    def to(t):
-        return lambda x: x.astype(DTYPES[t])
-
-    for source, t in itertools.product(_INTEGERS, _INTEGERS):
-        table[f'cvt.{t}.{source}'] = Operation(to(t), t, (source,))
-    for t in ('s32', 'u32'):
-        table[f'cvt.rn.f32.{t}'] = Operation(to('f32'), 'f32', (t,))
-        table[f'cvt.rzi.{t}.f32'] = Operation(to(t), t, ('f32',))
-    for t, convert in (('bf16', _to_bfloat16), ('f16', _to_float16)):
-        table[f'cvt.rn.{t}.f32'] = Operation(convert, 'b16', ('f32',))
-        table[f'cvt.rn.{t}x2.f32'] = Operation(_packing(convert), 'b32', ('f32', 'f32'))
-    table['cvt.f32.bf16'] = Operation(from_bfloat16, 'f32', ('bf16',))
-    table['cvt.f32.f16'] = Operation(to('f32'), 'f32', ('f16',))
-    for t in ('pred', *_BITS, *_INTEGERS, 'f32'):
-        table[f'mov.{t}'] = Operation(lambda x: x, t, (t,))
-    return table
-
-
-OPERATIONS: Dict[str, Operation] = {**_arithmetic(), **_bitwise(), **_comparisons(), **_conversions()}
+_PATTERNS: List[Tuple[str, Callable[..., Step]]] = [
+    (r'ld\.param\.(?P<type>[bsuf](32|64))', _load_parameter),
+    (r'mov\.b(?P<bits>32|64)', _repack),
+    (_ACCESS, _access),
+    (r'cp\.async\.(ca|cg)\.shared\.global', _copy),
+    (r'cp\.async\.commit_group', _end_group),
+    (r'cp\.async\.wait_group', _wait_group),
+    (r'bar\.sync', _barrier),
+    (r'shfl\.sync\.bfly\.b32', _shuffle(lambda lane: _LANES ^ lane)),
+    (r'shfl\.sync\.idx\.b32', _shuffle(lambda lane: lane)),
+    (r'ldmatrix\.sync\.aligned\.m8n8\.x(?P<count>[124])(?P<trans>\.trans)?\.shared\.b16', _load_matrix),
+    (r'mma\.sync\.aligned\.m16n8k(?P<k>8|16)\.row\.col\.f32\.(?P<type>bf16|f16|tf32)\.(?P=type)\.f32', _multiply),
+]

@@ -1,7 +1,7 @@
 """Compiles what Triton is asked to launch and runs it in the interpreter instead."""
 import contextlib
 import inspect
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
 from unittest import mock
 
 import numpy as np
@@ -39,9 +39,9 @@ class Launch(NamedTuple):
     threads: int
     shared: int
 
-    def run(self, edit: Callable[[str], str] = lambda ptx: ptx) -> List[np.ndarray]:
-        """Runs the kernel after an edit of its text. Returns what it leaves in the storages."""
-        kernel = Kernel(edit(self.ptx))
+    def run(self, ptx: Optional[str] = None) -> List[np.ndarray]:
+        """Runs the kernel, or another text of it. Returns what it leaves in the storages."""
+        kernel = Kernel(ptx or self.ptx)
         memory = GlobalMemory(list(self.storages))
         values = list(self.parameters)
         for parameter, storage in self.owners:

@@ -34,7 +34,8 @@ class EarlyAccess(Fault):
 
 
 class DataRace(Fault):
-    """Two warps access the same shared memory with no barrier in between, one of them writes."""
+    """Two warps access the same shared memory with no barrier in between, or two programs the same place of a tensor,
+    and one of them writes."""
 
 
 def refuse(kind: type, message: str, bad: Array) -> None:
@@ -47,11 +48,19 @@ def _check_alignment(address: Array, size: int) -> None:
     refuse(Misaligned, f'expected addresses that are multiples of {size}', address % size != 0)
 
 
+class Place(NamedTuple):
+    """Where N threads access memory, in bytes, and which program and warp they are of."""
+    program: Array
+    address: Array
+    warp: Array
+
+
 class GlobalMemory:
     """Memory that holds the storages of tensors, with gaps between them that are not to be accessed."""
 
     _FIRST = 1 << 40  # addresses are far from small integers, and don't fit 32 bits
     _GAP = 4096
+    _NOBODY = -1
 
     def __init__(self, storages: List[Array]) -> None:
         """Args: storages: Arrays of bytes, which are copied."""
@@ -64,6 +73,7 @@ class GlobalMemory:
         self._places = places
         self._bytes = np.zeros(top, np.uint8)
         self._exists = np.zeros(top, np.bool_)
+        self._writer = np.full(top, self._NOBODY)  # the program that wrote the number that begins at a byte
         for place, storage in zip(places, storages):
             self._bytes[place] = storage
             self._exists[place] = True
@@ -72,33 +82,34 @@ class GlobalMemory:
         """The present contents of one of the storages."""
         return self._bytes[self._places[number]]
 
-    def load(self, address: Array, dtype: type, count: int) -> Array:
+    def load(self, place: Place, dtype: type, count: int) -> Array:
         """`count` numbers from each address. (N, count)"""
-        words = self._bytes.view(dtype)
-        return words[self._index(address, words.itemsize, count)]
+        index = self._index(place, np.dtype(dtype).itemsize, count)
+        self._check_race('reads what another program wrote', place, index * np.dtype(dtype).itemsize)
+        return self._bytes.view(dtype)[index]
 
-    def store(self, address: Array, values: Array) -> None:
+    def store(self, place: Place, values: Array) -> None:
         """Args: values: (N, count)."""
-        index = self._index(address, values.itemsize, values.shape[1])
+        index = self._index(place, values.itemsize, values.shape[1])
+        self._check_race('writes what another program wrote', place, index * values.itemsize)
         self._bytes.view(values.dtype)[index] = values
+        self._writer[index * values.itemsize] = place.program[:, None]
+        self._check_race('writes what another program writes', place, index * values.itemsize)
 
-    def _index(self, address: Array, itemsize: int, count: int) -> Array:
+    def _check_race(self, message: str, place: Place, first_bytes: Array) -> None:
+        writer = self._writer[first_bytes]
+        refuse(DataRace, message, ((writer != self._NOBODY) & (writer != place.program[:, None])).any(1))
+
+    def _index(self, place: Place, itemsize: int, count: int) -> Array:
         size = itemsize * count
-        offset = address.astype(np.int64) - self._FIRST
+        offset = place.address - self._FIRST
+        _check_alignment(offset, size)
         inside = (offset >= 0) & (offset + size <= self._bytes.size)
         # gaps are wider than any access, so its ends tell
         first, last = (np.where(inside, x, 0) for x in (offset, offset + size - 1))
         refuse(OutOfBounds, 'expected addresses in the storage of a tensor',
                ~(inside & self._exists[first] & self._exists[last]))
-        _check_alignment(offset, size)
         return offset[:, None] // itemsize + np.arange(count)
-
-
-class Place(NamedTuple):
-    """Where in shared memory N threads access it: program, address within the program's memory and warp."""
-    program: Array
-    address: Array
-    warp: Array
 
 
 class SharedMemory:
@@ -178,9 +189,9 @@ class SharedMemory:
 
     def _granules(self, place: Place, size: int) -> Array:
         """The granules of each access. (N, size / granule)"""
+        _check_alignment(place.address, size)
         refuse(OutOfBounds, f'expected addresses in the {self._size} bytes of shared memory',
                (place.address < 0) | (place.address + size > self._size))
-        _check_alignment(place.address, size)
         first = (place.program * self._row + place.address) // self._granule
         return first[:, None] + np.arange(size // self._granule)
 

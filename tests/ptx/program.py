@@ -69,7 +69,7 @@ def parse(ptx: str) -> Program:
         else:
             instructions.append(Instruction(
                 match['opcode'], _operands(match['operands']), match['guard'], match['not'] == '!',
-                ' '.join(match[0].split())))
+                ' '.join(match[0].rstrip(';').split())))
     parameters = {match['name']: match['type'] for match in _PARAMETER.finditer(entry['parameters'].strip())}
     return Program(entry['name'], parameters, registers, instructions, labels)
 
