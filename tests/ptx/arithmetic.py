@@ -1,6 +1,6 @@
-"""What the instructions compute that only look at registers of their own thread.
+"""Instructions that compute a number from registers of the same thread, as functions of arrays.
 
-Each is a function of arrays. Half-precision numbers of 8 exponent bits, which numpy lacks, are integers here.
+bfloat16, which numpy lacks, is held in uint16.
 """
 import itertools
 from typing import Callable, Dict, NamedTuple, Tuple

@@ -137,6 +137,17 @@ def _barrier(match, number: str) -> Step:
     return lambda execution: execution.shared.barrier(execution.whole('program'))
 
 
+def _warp_barrier(match, members: str) -> Step:
+    """Threads of a warp run in step anyhow, but may not have branched apart."""
+    if int(members, 0) not in (-1, 2 ** 32 - 1):
+        raise UnknownInstruction
+
+    def step(execution: Execution) -> None:
+        execution.whole('warp')
+
+    return step
+
+
 def _end_group(match) -> Step:
     return lambda execution: execution.shared.end_group(execution.whole('program'))
 
@@ -260,6 +271,7 @@ _PATTERNS: List[Tuple[str, Callable[..., Step]]] = [
     (r'cp\.async\.commit_group', _end_group),
     (r'cp\.async\.wait_group', _wait_group),
     (r'bar\.sync', _barrier),
+    (r'bar\.warp\.sync', _warp_barrier),
     (r'shfl\.sync\.bfly\.b32', _shuffle(lambda lane: _LANES ^ lane)),
     (r'shfl\.sync\.idx\.b32', _shuffle(lambda lane: lane)),
     (r'ldmatrix\.sync\.aligned\.m8n8\.x(?P<count>[124])(?P<trans>\.trans)?\.shared\.b16', _load_matrix),

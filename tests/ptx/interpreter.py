@@ -48,7 +48,7 @@ class Kernel:
             Fault: The kernel does something that is not allowed; says which instruction, program and thread.
         """
         sizes = [shared_granule(instruction) for instruction in self.program.instructions]
-        shared_memory = SharedMemory(programs, shared, min(filter(None, sizes), default=4))
+        shared_memory = SharedMemory(programs, shared, min([4, *filter(None, sizes)]))
         execution = Execution(self.program, parameters, memory, shared_memory, programs, threads)
         waiting = {0: np.ones((1, 1), np.bool_)}
         with np.errstate(all='ignore'):

@@ -55,19 +55,20 @@ class Launch(NamedTuple):
 
 @contextlib.contextmanager
 def interpreted() -> Iterator[List[Launch]]:
-    """Launches of Triton kernels run in the interpreter in here. Yields a list that they are added to."""
+    """In here launches of Triton kernels run in the interpreter. Yields the list that they are added to."""
     launches: List[Launch] = []
     compile_and_launch = triton.runtime.JITFunction.run
 
     def run(function: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         compiled = compile_and_launch(function, *args, grid=grid, warmup=True, **kwargs)
         names = [name for name in kwargs if name in function.arg_names]
-        arguments = inspect.signature(function.fn).bind(*args, **{name: kwargs[name] for name in names}).arguments
-        programs = int(np.prod(grid(arguments) if callable(grid) else grid))
-        tensors = _storages(arguments)
-        launch = _record(compiled, arguments, tensors, programs)
+        bound = inspect.signature(function.fn).bind(*args, **{name: kwargs[name] for name in names})
+        bound.apply_defaults()
+        programs = int(np.prod(grid(bound.arguments) if callable(grid) else grid))
+        storages = _storages(bound.arguments)
+        launch = _record(compiled, bound.arguments, storages, programs)
         launches.append(launch)
-        for storage, result in zip(tensors, launch.run()):
+        for storage, result in zip(storages.values(), launch.run()):
             storage[:] = result
 
     # there is no public way back to no driver
@@ -76,21 +77,29 @@ def interpreted() -> Iterator[List[Launch]]:
         yield launches
 
 
+def _bits(number: Any, kind: str) -> int:
+    """Of an integer or a float32."""
+    if kind == 'fp32':
+        return int(np.float32(number).view(np.uint32))
+    if not kind.startswith(('i', 'u')):
+        raise ValueError(f'a parameter is a {kind}, expected an integer, fp32 or a tensor.')
+    return int(number)
+
+
 def _bytes(tensor: torch.Tensor) -> np.ndarray:
     """The whole storage of a tensor."""
     return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).numpy()
 
 
-def _storages(arguments: Dict[str, Any]) -> List[np.ndarray]:
-    """Each once."""
+def _storages(arguments: Dict[str, Any]) -> Dict[int, np.ndarray]:
+    """Bytes of the tensors' memory by its address."""
     tensors = [x for x in arguments.values() if isinstance(x, torch.Tensor)]
-    return list({x.untyped_storage().data_ptr(): _bytes(x) for x in tensors}.values())
+    return {x.untyped_storage().data_ptr(): _bytes(x) for x in tensors}
 
 
-def _record(compiled: Any, arguments: Dict[str, Any], tensors: List[np.ndarray], programs: int) -> Launch:
+def _record(compiled: Any, arguments: Dict[str, Any], storages: Dict[int, np.ndarray], programs: int) -> Launch:
     """What the driver would be given, with tensors as offsets in their storages."""
-    parameters, owners = [], []
-    starts = [tensor.ctypes.data for tensor in tensors]
+    parameters, owners, starts = [], [], list(storages)
     for name, kind in compiled.src.signature.items():
         x = arguments[name]
         if kind == 'constexpr':  # in the text
@@ -100,8 +109,8 @@ def _record(compiled: Any, arguments: Dict[str, Any], tensors: List[np.ndarray],
             owners.append((len(parameters), starts.index(start)))
             parameters.append(x.data_ptr() - start)
         else:
-            parameters.append(int(np.float32(x).view(np.uint32)) if kind == 'fp32' else int(x))
-    metadata = compiled.metadata
+            parameters.append(_bits(x, kind))
+    contents, metadata = tuple(x.copy() for x in storages.values()), compiled.metadata
     return Launch(
-        metadata.name, compiled.asm['ptx'], tuple(parameters), tuple(x.copy() for x in tensors), tuple(owners),
-        programs, metadata.num_warps * 32, metadata.shared)
+        metadata.name, compiled.asm['ptx'], tuple(parameters), contents, tuple(owners), programs,
+        metadata.num_warps * 32, metadata.shared)

