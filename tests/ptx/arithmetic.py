@@ -37,15 +37,15 @@ def _quotient(a: Array, b: Array) -> Array:
     return (a - np.fmod(a, b)) // b
 
 
-def _high_product(a: Array, b: Array) -> Array:
-    """The upper half of the product of 32-bit numbers."""
-    wide = np.int64 if a.dtype.kind == 'i' else np.uint64
-    return (a.astype(wide) * b.astype(wide) >> wide(32)).astype(a.dtype)
-
-
 def _wide_product(a: Array, b: Array) -> Array:
     wide = np.dtype(f'{a.dtype.kind}{2 * a.dtype.itemsize}')
     return a.astype(wide) * b.astype(wide)
+
+
+def _high_product(a: Array, b: Array) -> Array:
+    """The upper half of the product."""
+    product = _wide_product(a, b)
+    return (product >> product.dtype.type(8 * a.dtype.itemsize)).astype(a.dtype)
 
 
 def _shift_left(a: Array, b: Array) -> Array:
@@ -115,8 +115,8 @@ def _arithmetic() -> Dict[str, Operation]:
     for t, wide in _WIDER.items():
         table[f'mul.wide.{t}'] = Operation(_wide_product, wide, (t, t))
         table[f'mad.wide.{t}'] = Operation(lambda a, b, c: _wide_product(a, b) + c, wide, (t, t, wide))
-    for t in ('u32', 's32'):
         table[f'mul.hi.{t}'] = Operation(_high_product, t, (t, t))
+    for t in ('u32', 's32'):
         table[f'bfe.{t}'] = Operation(_bit_field, t, (t, 'u32', 'u32'))
     floats = {
         'add': (2, np.add), 'sub': (2, np.subtract), 'mul': (2, np.multiply), 'neg': (1, np.negative),

@@ -55,6 +55,8 @@ def test_refuses_text_that_is_no_ptx():
     ('div.s32 %r4, -7, 2', -3),
     ('rem.s32 %r4, -7, 2', -1),
     ('mul.hi.u32 %r4, %r1, 1431655766', lambda i: i // 3),
+    ('mul.hi.s32 %r4, -5, 0x40000000', -2),
+    ('cvt.u16.u32 %rs1, %r1; mul.hi.u16 %rs2, %rs1, 21846; cvt.u32.u16 %r4, %rs2', lambda i: i // 3),
     ('bfe.u32 %r4, 0xABCD, 4, 8', 0xBC),
     ('bfe.s32 %r4, 0xABCD, 4, 8', 0xBC - 0x100),
     ('shr.s32 %r4, -8, 1', -4),
