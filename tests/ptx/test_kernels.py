@@ -84,17 +84,18 @@ def run(arguments, grad, shape=0):
         return attend(arguments, grad, 'triton'), launches
 
 
-def check(case, **options):
+def check(case, tolerance=None, shape=0):
     """Compares with the reference in float64 -> the launches."""
     arguments, grad = draw(**case)
-    results, launches = run(arguments, grad, **options)
+    results, launches = run(arguments, grad, shape)
     double = [x.double() if isinstance(x, torch.Tensor) else x for x in arguments]
     errors = [
         float((result.double() - exact).abs().max() / exact.abs().max())
         for result, exact in zip(results, attend(double, grad.double(), 'reference'), strict=True)
         if exact.numel()
     ]
-    assert all(error <= TOLERANCE[case['dtype']] for error in errors), errors
+    tolerance = tolerance or TOLERANCE[case['dtype']]
+    assert all(error <= tolerance for error in errors), errors
     return launches
 
 
@@ -174,9 +175,14 @@ def test_more_match_float64(case, dtype, shape):
     check(dict(case, dtype=dtype), shape=shape)
 
 
+@pytest.fixture
+def tf32():
+    torch.backends.cuda.matmul.allow_tf32 = True
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('case', CASES, ids=str)
-def test_tf32_matches_float64(case, monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, 'allow_tf32', True)
-    monkeypatch.setitem(TOLERANCE, 'float32', 5e-3)
-    check(dict(case, dtype='float32'))
+def test_tf32_matches_float64(tf32, case):
+    check(dict(case, dtype='float32'), tolerance=5e-3)
