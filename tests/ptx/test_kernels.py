@@ -19,7 +19,7 @@ pytest.importorskip('triton')
 
 from ls_vision.ops.backends.triton import kernels
 from ptx.launches import interpreted
-from ptx.memory import DataRace, EarlyAccess, Fault, Misaligned, OutOfBounds
+from ptx.memory import DataRace, EarlyAccess, Fault, Misaligned, OutOfBounds, UnwrittenRead
 
 KERNELS = [name for name in vars(kernels) if name.endswith('_kernel')]
 # largest error as a fraction of the largest entry
@@ -148,8 +148,9 @@ def test_finds_missing_wait(launches, kernel):
     (OutOfBounds, r'st\.global', (r'(\[ %rd\d+ \+) 0', r'\1 16')),
     (OutOfBounds, r'setp\.lt', (r'\.lt', '.le')),  # one row, column or key too many
     (Misaligned, r'st\.global', (r'(\[ %rd\d+ \+) 0', r'\1 2')),
-], ids=['load', 'store', 'edge', 'misaligned'])
-def test_finds_index_that_is_off(launches, kernel, kind, statement, edit):
+    (UnwrittenRead, r'(?:@!?%p\d+\s+)?(?:st\.shared|cp\.async\.c[ag])', (r'(?s).+', '')),
+], ids=['load', 'store', 'edge', 'misaligned', 'nothing written'])
+def test_finds_wrong_access(launches, kernel, kind, statement, edit):
     ptx = launches[kernel].ptx
     edited = re.sub(rf'(?:{statement})[^;]*;', lambda match: re.sub(*edit, match[0]), ptx)
     assert edited != ptx
