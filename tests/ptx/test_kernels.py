@@ -1,0 +1,189 @@
+"""Our kernels, compiled for compute capability 8.0 as launches compile them, in the interpreter of PTX.
+
+Tensors are just as large as they must be, so that a token too many is outside of them, and what the launches allocate
+is NaN at first. B batch, H x W grid, h heads, d head width, M additional keys, w window size.
+"""
+import contextlib
+import re
+from unittest import mock
+
+import pytest
+import torch
+
+from ls_vision.ops.attention import long_short_attention
+from ls_vision.ops.backends import BACKENDS
+from ls_vision.ops.backends.triton import launch as launcher
+from ls_vision.ops.window import make_window, num_keys, num_queries
+
+pytest.importorskip('triton')
+
+from ls_vision.ops.backends.triton import kernels
+from ptx.launches import interpreted
+from ptx.memory import DataRace, EarlyAccess, Fault, Misaligned, OutOfBounds, UnwrittenRead
+
+KERNELS = [name for name in vars(kernels) if name.endswith('_kernel')]
+# largest error as a fraction of the largest entry
+TOLERANCE = {'float32': 4e-6, 'float16': 2e-3, 'bfloat16': 1.5e-2}
+
+# a grid that tiles don't divide, one and several windows per tile
+CASE = dict(w=7, d=32, M=9, bias=True, H=9, W=8, dtype='bfloat16')
+CASES = [CASE, dict(w=2, d=16, M=3, bias=True, H=9, W=5, h=1, dtype='float32')]
+
+
+def draw(w, d, M, bias, H, W, B=1, h=2, dtype='float32'):
+    """Arguments of `long_short_attention`, and the gradient of its output."""
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    dtype, window = getattr(torch, dtype), make_window(w)
+    query, key, value, grad = (randn(B, H, W, h, d).to(dtype) for _ in range(4))
+    additional = [None, None] if M is None else [randn(B, M, h, d).to(dtype) for _ in range(2)]
+    bias = randn(h, num_queries(window), num_keys(window)) if bias else None
+    return (query, key, value, window, *additional, bias), grad
+
+
+def attend(arguments, grad, backend):
+    """Output, log-sum-exp and the gradients of all tensors."""
+    arguments = [x.detach().requires_grad_() if isinstance(x, torch.Tensor) else x for x in arguments]
+    out, lse = long_short_attention(*arguments, backend=backend, return_lse=True)
+    tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
+    return [x.detach() for x in (out, lse, *torch.autograd.grad(out, tensors, grad))]
+
+
+@contextlib.contextmanager
+def undefined_memory_is_nan():
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def run(arguments, grad, shape=0):
+    """Output, log-sum-exp and gradients by the kernels, and their launches.
+
+    Args:
+        arguments, grad: From `draw`.
+        shape: Which of each kernel's block shapes, the last if there are fewer.
+    """
+    shapes = launcher.block_shapes
+
+    def one_for_ampere(*kernel):
+        choice = shapes(*kernel[:-1], (8, 0))
+        return choice[min(shape, len(choice) - 1):]
+
+    with contextlib.ExitStack() as stack:
+        enter = stack.enter_context
+        enter(mock.patch.object(launcher, 'block_shapes', one_for_ampere))
+        enter(mock.patch.dict(BACKENDS, triton=BACKENDS['triton']._replace(why_not=lambda *_: None)))
+        enter(undefined_memory_is_nan())
+        launches = enter(interpreted())
+        return attend(arguments, grad, 'triton'), launches
+
+
+def check(case, tolerance=None, shape=0):
+    """Compares with the reference in float64 -> the launches."""
+    arguments, grad = draw(**case)
+    results, launches = run(arguments, grad, shape)
+    double = [x.double() if isinstance(x, torch.Tensor) else x for x in arguments]
+    errors = [
+        float((result.double() - exact).abs().max() / exact.abs().max())
+        for result, exact in zip(results, attend(double, grad.double(), 'reference'), strict=True)
+        if exact.numel()
+    ]
+    tolerance = tolerance or TOLERANCE[case['dtype']]
+    assert all(error <= tolerance for error in errors), errors
+    return launches
+
+
+@pytest.fixture(scope='module', autouse=True)
+def compiled_afresh(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('TRITON_CACHE_DIR', str(tmp_path_factory.mktemp('triton')))
+        yield
+
+
+@pytest.fixture(scope='module')
+def launches(compiled_afresh):
+    """By kernel, those of a case that passes."""
+    return {launch.name: launch for launch in check(CASE)}
+
+
+@pytest.mark.parametrize('case', CASES, ids=str)
+def test_matches_float64(case):
+    assert {launch.name for launch in check(case)} == set(KERNELS)
+
+
+def faults_of_each(launch, statement):
+    """What is found if one such statement is missing, for each of them."""
+    found = []
+    for match in re.finditer(rf'{statement}[^;]*;', launch.ptx):
+        try:
+            launch.run(launch.ptx[:match.start()] + launch.ptx[match.end():])
+            found.append(None)
+        except Fault as fault:
+            found.append(type(fault))
+    return found
+
+
+@pytest.mark.parametrize('kernel', KERNELS)
+def test_finds_missing_barrier(launches, kernel):
+    found = faults_of_each(launches[kernel], r'bar\.sync')
+    # compilers may set one that is not needed
+    assert found.count(DataRace) > 0.8 * len(found), found
+
+
+@pytest.mark.parametrize('kernel', KERNELS)
+def test_finds_missing_wait(launches, kernel):
+    found = faults_of_each(launches[kernel], r'cp\.async\.wait_group')
+    assert found and set(found) == {EarlyAccess}
+
+
+@pytest.mark.parametrize('kernel', KERNELS)
+@pytest.mark.parametrize('kind,statement,edit', [
+    (OutOfBounds, r'ld\.global|cp\.async\.c[ag]', (r'(\[ %rd\d+ \+) 0', r'\1 16')),  # the next eight numbers of 16 bits
+    (OutOfBounds, r'st\.global', (r'(\[ %rd\d+ \+) 0', r'\1 16')),
+    (OutOfBounds, r'setp\.lt', (r'\.lt', '.le')),  # one row, column or key too many
+    (Misaligned, r'st\.global', (r'(\[ %rd\d+ \+) 0', r'\1 2')),
+    (UnwrittenRead, r'(?:@!?%p\d+\s+)?(?:st\.shared|cp\.async\.c[ag])', (r'(?s).+', '')),
+], ids=['load', 'store', 'edge', 'misaligned', 'nothing written'])
+def test_finds_wrong_access(launches, kernel, kind, statement, edit):
+    ptx = launches[kernel].ptx
+    edited = re.sub(rf'(?:{statement})[^;]*;', lambda match: re.sub(*edit, match[0]), ptx)
+    assert edited != ptx
+    with pytest.raises(kind):
+        launches[kernel].run(edited)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('dtype,shape', [('float32', 0), ('float16', 0), ('bfloat16', 0), ('bfloat16', 1)])
+@pytest.mark.parametrize('case', [
+    dict(w=1, d=16, M=1, bias=True, H=9, W=5),
+    dict(w=2, d=20, M=4, bias=False, H=17, W=11, B=2),
+    dict(w=3, d=8, M=0, bias=True, H=7, W=8),
+    dict(w=4, d=128, M=33, bias=False, H=9, W=7),
+    dict(w=6, d=64, M=None, bias=True, H=7, W=20),
+    dict(w=7, d=32, M=9, bias=True, H=15, W=8, B=2),
+    dict(w=7, d=32, M=2, bias=True, H=3, W=2),
+    dict(w=8, d=64, M=65, bias=True, H=30, W=31),
+    dict(w=12, d=16, M=3, bias=True, H=13, W=5, h=1),
+    dict(w=16, d=16, M=70, bias=False, H=17, W=4, h=1),
+], ids=str)
+def test_more_match_float64(case, dtype, shape):
+    check(dict(case, dtype=dtype), shape=shape)
+
+
+@pytest.fixture
+def tf32():
+    torch.backends.cuda.matmul.allow_tf32 = True
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('case', CASES, ids=str)
+def test_tf32_matches_float64(tf32, case):
+    check(dict(case, dtype='float32'), tolerance=5e-3)
