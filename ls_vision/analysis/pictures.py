@@ -335,4 +335,5 @@ def _veil_all_but_keys(
 
 
 def _class_name(class_names: Optional[list[str]], index: int) -> str:
-    return class_names[index] if class_names is not None else f'class {index}'
+    # a dollar would start a formula
+    return class_names[index].replace('$', r'\$') if class_names is not None else f'class {index}'

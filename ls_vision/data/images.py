@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..runtime.errors import first_line
+from .folders import class_names
 
 UNREADABLE = -1  # the target of an image that could not be read
 
@@ -230,6 +231,11 @@ class StrictImageDataset(CountsUnreadable, Dataset[tuple[Any, int]]):
 
     def __len__(self) -> int:
         return len(self.dataset)
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """The classes in the order of their numbers; None where they are not known."""
+        return class_names(self.dataset)
 
     def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
         return self.dataset.filename(index, basename, absolute)

@@ -89,7 +89,8 @@ def find_objects(
     everything = {image_id: part[image_id] for part in processes.gather(mine) for image_id in part}
     missing = len(annotations.images) - len(everything)
     if missing:
-        say(f'{missing} of {len(annotations.images)} evaluation images cannot be decoded; their objects count as missed')
+        say(f'{missing} of {len(annotations.images)} evaluation images cannot be decoded: '
+            'their objects count as missed')
     return everything
 
 
