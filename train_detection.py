@@ -95,9 +95,8 @@ def read_sets(args: argparse.Namespace) -> tuple[Annotations, Annotations]:
         say(note)
     for found in (train_set, val_set):
         if found.num_objects == found.num_crowds:
-            raise UserError(
-                f'{found.source}: no object to train on or to find: {found.num_objects} objects are left, all of them '
-                'crowds or difficult')
+            what = f'all {found.num_objects} are crowds or difficult' if found.num_objects else 'none is left'
+            raise UserError(f'{found.source}: no object to train on or to find: {what}')
     return train_set, val_set
 
 

@@ -7,6 +7,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
@@ -24,6 +25,7 @@ UNREADABLE = -1  # the target of an image that could not be read
 MAX_PIXELS = 'LS_VISION_MAX_PIXELS'  # environment variable: pixels of the largest image to read
 ORIENTATION = 0x0112  # tag of EXIF and TIFF; 1 is upright, from 5 on rows and columns are exchanged
 BITS, SAMPLES, EXTRA_SAMPLES = 258, 277, 338  # tags of TIFF: bits of a band, bands, what those beyond colours are
+COMPRESSION, PLANAR, FILL_ORDER, STRIP_OFFSETS, STRIP_LENGTHS = 259, 284, 266, 273, 279  # of TIFF
 COLORS = {'1': 1, 'L': 1, 'P': 1, 'F': 1, 'CMYK': 4}  # bands by Pillow's mode; 3 for any other
 TWELVE_BITS = 4095
 
@@ -60,6 +62,32 @@ def read_image(file: Any, mode: str = 'RGB', size: Optional[tuple[int, int]] = N
         if image.mode == 'F' or image.mode.startswith('I'):
             image = _to_eight_bits(image)
         return image.convert(mode) if mode else image.copy()
+
+
+def map_pixels(path: Path, size: Optional[tuple[int, int]] = None) -> Optional[np.ndarray]:
+    """(H, W, 3) uint8 of an uncompressed TIFF file, of which only the parts that are used are read from the disk.
+
+    Args:
+        path: The file.
+        size: As for `read_image`.
+
+    Returns:
+        The pixels, or None where the file is compressed, in tiles, or not 8-bit RGB; `read_image` decodes all of it.
+
+    Raises:
+        ImageError: As `read_image`; also where the file is too short.
+    """
+    with _open(path, size) as image:
+        tags = getattr(image, 'tag_v2', {})
+        usual = {COMPRESSION: 1, PLANAR: 1, FILL_ORDER: 1, ORIENTATION: 1}
+        starts, lengths = (np.array(tags.get(tag, ()), dtype=np.int64) for tag in (STRIP_OFFSETS, STRIP_LENGTHS))
+        if image.mode != 'RGB' or tags.get(BITS) != (8, 8, 8) or len(starts) == 0 or len(starts) != len(lengths) or any(
+                tags.get(tag, value) != value for tag, value in usual.items()):
+            return None
+        if (starts[1:] != starts[:-1] + lengths[:-1]).any() or lengths.sum() != image.width * image.height * 3:
+            return None
+        # copy on write: torch wants memory that it may write
+        return np.memmap(path, np.uint8, 'c', int(starts[0]), (image.height, image.width, 3))
 
 
 def check_header(file: Any, size: tuple[int, int]) -> None:
@@ -196,6 +224,23 @@ class CountsUnreadable:
         """Number of unreadable images so far."""
         return int(torch.count_nonzero(self.unreadable))
 
+    def describe_unreadable(self) -> str:
+        """The first unreadable image, and why it is."""
+        index = int(self.unreadable.argmax())
+        try:
+            self.read(index)
+        except Exception as e:  # as when it was read first
+            return f'{self.filename(index)}: {first_line(e)}'
+        return self.filename(index)
+
+    def filename(self, index: int) -> str:
+        """Of an image, counted as in `unreadable`."""
+        raise NotImplementedError
+
+    def read(self, index: int) -> Any:
+        """Decode an image."""
+        raise NotImplementedError
+
     def mark_unreadable(self, indices: Tensor) -> None:
         """Mark images that an earlier part of the run found unreadable."""
         self.unreadable[indices] = 1
@@ -240,10 +285,14 @@ class StrictImageDataset(CountsUnreadable, Dataset[tuple[Any, int]]):
     def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
         return self.dataset.filename(index, basename, absolute)
 
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        """The image and its target, before any transform."""
+        file, target, *_ = self.dataset.reader[index]
+        return read_image(file, self.dataset.input_img_mode), target
+
     def _read(self, index: int) -> tuple[Image.Image | None, int]:
         try:
-            file, target, *_ = self.dataset.reader[index]
-            image = read_image(file, self.dataset.input_img_mode)
+            image, target = self.read(index)
         except MemoryError:
             raise
         except Exception:  # of the file, or of timm's reader

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from ..data.images import CountsUnreadable, ImageError, read_image
+from ..data.images import CountsUnreadable, ImageError, map_pixels, read_image
 from ..runtime.errors import UserError
 from .annotations import Annotated, Annotations
 
@@ -63,13 +63,17 @@ class DetectionDataset(CountsUnreadable, Dataset[Any]):
         """The file of an image, counted as in `unreadable`."""
         return str(self.annotations.images[index].path)
 
+    def read(self, index: int) -> Tensor:
+        """The pixels of an image, counted as in `unreadable`."""
+        image = self.annotations.images[index]
+        return read_pixels(image.path, (image.width, image.height))
+
     def _read(self, index: int) -> tuple[Annotated, Tensor]:
         """The image of a sample and its pixels, or those of the next one that can be decoded."""
         images, first = self.annotations.images, index // self.crops_per_image
         for place in (*range(first, len(images)), *range(first)):
-            image = images[place]
             try:
-                return image, read_pixels(image.path, (image.width, image.height))
+                return images[place], self.read(place)
             except UserError:
                 if not self.skip_bad:
                     raise
@@ -85,7 +89,7 @@ def collate(samples: list[tuple[Tensor, dict[str, Any]]]) -> tuple[list[Tensor],
 
 @lru_cache(maxsize=CACHED_IMAGES)
 def read_pixels(path: Path, size: tuple[int, int] | None = None) -> Tensor:
-    """(3, H, W) uint8.
+    """(3, H, W) uint8; a crop of an uncompressed TIFF reads only its own part of the file.
 
     Args:
         path: Image file.
@@ -95,7 +99,8 @@ def read_pixels(path: Path, size: tuple[int, int] | None = None) -> Tensor:
         UserError: The file is damaged or does not fit; see `read_image`.
     """
     try:
-        pixels = np.array(read_image(path, size=size))
+        mapped = map_pixels(path, size)
+        pixels = np.array(read_image(path, size=size)) if mapped is None else mapped
     except ImageError as e:
         raise UserError(f'image {path} {e}; --skip-bad continues without such images') from e
     return torch.from_numpy(pixels).permute(2, 0, 1)

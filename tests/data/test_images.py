@@ -7,7 +7,7 @@ import tifffile
 from PIL import Image
 
 from ls_vision.analysis.attention_sheet import load_image
-from ls_vision.data.images import ImageError, check_header, read_image
+from ls_vision.data.images import ImageError, check_header, map_pixels, read_image
 from ls_vision.detection import AnnotationError, read_annotations
 from ls_vision.detection.datasets import read_pixels
 from ls_vision.runtime.errors import UserError
@@ -141,6 +141,30 @@ def test_the_annotation_vouches_for_a_large_image(big):
     with pytest.raises(AnnotationError, match=r'could be decompression bomb .* LS_VISION_MAX_PIXELS'):
         read_annotations(str(big))
     assert Image.MAX_IMAGE_PIXELS == 89_478
+
+
+def test_crops_of_uncompressed_tiff_need_not_decode_the_whole(write):
+    pixels = np.random.default_rng(0).integers(0, 256, (200, 300, 3), dtype=np.uint8)
+    for options in ({}, dict(rowsperstrip=7), dict(byteorder='>')):
+        path = write(pixels, photometric='rgb', **options)
+        assert isinstance(map_pixels(path, (300, 200)), np.memmap)
+        assert np.array_equal(read_pixels.__wrapped__(path, (300, 200)).permute(1, 2, 0), pixels)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ImageError, match='cannot be read as an image'):
+        map_pixels(path)
+
+
+@pytest.mark.parametrize('options', [
+    dict(compression='zlib'), dict(tile=(64, 64)), dict(planarconfig='separate'),
+    dict(extratags=[(274, 'H', 1, 3, True)])])
+def test_other_tiff_is_decoded(write, options):
+    pixels = np.random.default_rng(0).integers(0, 256, (200, 300, 3), dtype=np.uint8)
+    stored = pixels.transpose(2, 0, 1) if 'planarconfig' in options else pixels
+    path = write(stored, photometric='rgb', **options)
+    assert map_pixels(path) is None
+    expected = pixels[::-1, ::-1] if 'extratags' in options else pixels
+    assert np.array_equal(read_pixels(path).permute(1, 2, 0), expected)
+    assert map_pixels(write(pixels[..., 0], 'grey.tif')) is None
 
 
 def test_an_option_lifts_the_limit(tmp_path, monkeypatch):

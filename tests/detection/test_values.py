@@ -112,6 +112,25 @@ def test_a_bad_value_is_a_problem_of_its_record(read_coco, change, message):
         raise AssertionError(problem)
 
 
+ODD = (None, True, -1, 0, 2 ** 70, HUGE, 1.5, float('nan'), float('inf'), '', ' ', 'x', '\0', '\ud800', '1', 'x' * 5000,
+       [], [[]], [None], ['x'] * 4, [HUGE] * 4, {}, dict(size=[None, 'x'], counts={}), dict(size=[64, 96], counts='~' * 99))
+
+
+@pytest.mark.parametrize('kind', ['images', 'categories', 'annotations'])
+def test_no_value_of_any_kind_ends_in_a_traceback(tmp_path, kind):
+    path = write_coco(tmp_path, 1)
+    content = json.loads(path.read_text())
+    for key in (*content[kind][0], 'supercategory', 'iscrowd', None):
+        for value in ODD:
+            odd = {**content, kind: [value if key is None else {**content[kind][0], key: value}, *content[kind][1:]]}
+            path.write_text(json.dumps(odd))
+            try:
+                read_annotations(str(path), with_masks=True)
+            except UserError as e:
+                assert len(str(e)) < 5000
+                str(e).encode()  # any terminal can print it
+
+
 @pytest.mark.parametrize(('values', 'message'), [
     (dict(file_name='x' * 5000), 'x is missing'),
     (dict(file_name='a\0b.png'), r'a\\x00b.png is missing'),
