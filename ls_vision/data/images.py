@@ -104,9 +104,11 @@ def check_header(file: Any, size: tuple[int, int]) -> None:
 def _open(file: Any, size: Optional[tuple[int, int]]) -> Iterator[Image.Image]:
     """An image whose header is accepted. Pillow raises errors of many kinds, here and while it decodes."""
     allowed = _allowed_pixels()
+    if allowed:
+        Image.MAX_IMAGE_PIXELS = allowed  # for good: crops of the image are checked by Pillow too
     trusted = size is not None and size[0] * size[1] > (Image.MAX_IMAGE_PIXELS or 0)
     try:
-        with _without_limit() if trusted or allowed else nullcontext(), Image.open(file) as image:
+        with _without_limit() if trusted else nullcontext(), Image.open(file) as image:
             if allowed and not trusted and image.width * image.height > allowed:
                 raise ImageError(f'has {image.width * image.height} pixels, more than {MAX_PIXELS}={allowed}')
             _check_bands(image)

@@ -119,8 +119,10 @@ class TarReader(ReaderImageInTar):
         self.notes: list[str] = []
         try:
             found, _, _, tarfiles = extract_tarinfos(self.root, extensions=set(SUFFIXES))
-        except (tarfile.TarError, OSError, ValueError, AssertionError) as e:
-            raise UserError(f'{root} cannot be read as a tar archive of images: {e}') from e
+        except ValueError as e:  # timm unpacks an empty list
+            raise UserError(f'{root}: found 0 images; suffixes of images: {", ".join(SUFFIXES)}') from e
+        except (tarfile.TarError, OSError, AssertionError) as e:
+            raise UserError(f'{root} cannot be read as a tar archive: {e}') from e
         folders = [_folders_in_tar(*sample) for sample in found]
         kept = [i for i, parts in enumerate(folders) if not any(_is_hidden(part) for part in parts)
                 and not _is_hidden(os.path.basename(found[i][0].path))]

@@ -98,12 +98,13 @@ class CocoReader:
         found: dict[int, Image] = {}
         ids = (_whole_or_none(record.get('id')) for record in records if isinstance(record, dict))
         self.image_ids = {image_id for image_id in ids if image_id is not None}
+        folders = self._folders()
 
         def add(record: dict[str, Any]) -> None:
             image_id, width, height = (whole(record[key], key) for key in ('id', 'width', 'height'))
             if image_id in found:
                 raise BadValue(f'duplicate id {image_id}')
-            path = find_image(self._folders(), text(record['file_name'], 'file_name'))
+            path = find_image(folders, text(record['file_name'], 'file_name'))
             check_image(path, width, height)
             found[image_id] = path, width, height
 

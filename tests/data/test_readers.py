@@ -109,10 +109,14 @@ def test_what_is_refused(make, paths, message):
 def test_what_is_refused_in_an_archive(make, paths, message):
     with pytest.raises(UserError, match=message):
         open_images(tar(make(*paths)))
-    broken = make().with_suffix('.tar')
-    broken.write_bytes(b'no archive' * 100)
-    with pytest.raises(UserError, match='cannot be read as a tar archive'):
-        open_images(broken)
+
+
+@pytest.mark.parametrize(('content', 'message'), [
+    (b'no archive' * 100, 'cannot be read as a tar archive'), (bytes(10240), 'found 0 images')])
+def test_archives_without_images(tmp_path, content, message):
+    (tmp_path / 'a.tar').write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        open_images(tmp_path / 'a.tar')
 
 
 def test_what_is_left_out_is_told(make):

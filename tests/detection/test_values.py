@@ -112,8 +112,10 @@ def test_a_bad_value_is_a_problem_of_its_record(read_coco, change, message):
         raise AssertionError(problem)
 
 
-ODD = (None, True, -1, 0, 2 ** 70, HUGE, 1.5, float('nan'), float('inf'), '', ' ', 'x', '\0', '\ud800', '1', 'x' * 5000,
-       [], [[]], [None], ['x'] * 4, [HUGE] * 4, {}, dict(size=[None, 'x'], counts={}), dict(size=[64, 96], counts='~' * 99))
+ODD = (
+    None, True, -1, 0, 2 ** 70, HUGE, 1.5, float('nan'), float('inf'), '', ' ', 'x', '\0', '\ud800', '1', 'x' * 5000,
+    [], [[]], [None], ['x'] * 4, [HUGE] * 4, {}, dict(size=[None, 'x'], counts={}),
+    dict(size=[64, 96], counts='~' * 99))
 
 
 @pytest.mark.parametrize('kind', ['images', 'categories', 'annotations'])
@@ -270,6 +272,21 @@ def test_bad_value_of_a_voc_object(read_voc, old, new, message):
     assert annotations.num_objects == 1
     with pytest.raises(AssertionError, match=f'object 2: .*{message}'):
         raise AssertionError(str(annotations.problems[0]))
+
+
+def test_no_text_of_any_element_ends_in_a_traceback(tmp_path):
+    Image.new('RGB', (40, 30)).save(tmp_path / 'a.png')
+    for place in ('a.png<', '40<', '30<', 'dog<', '>1<', '>39<', '0</d'):
+        for value in (
+                '', ' ', 'x', '-1', '0', '1e999', 'nan', '9' * 400, 'x' * 5000, '<b>1</b>', '..', '/', '1_0', '\u0661'):
+            text = voc_xml('a.png', (40, 30), [('dog', (1, 2, 39, 29))]).replace(
+                '</object>', '<difficult>0</difficult></object>')
+            text = text.replace(place, place.replace(place.strip('></d'), value), 1)
+            (tmp_path / 'a.xml').write_text(text)
+            try:
+                read_annotations(str(tmp_path / 'a.xml'))
+            except UserError as e:
+                assert len(str(e)) < 2000
 
 
 @pytest.mark.parametrize(('declared', 'encoding'), [
