@@ -117,11 +117,13 @@ class TarReader(ReaderImageInTar):
         Reader.__init__(self)
         self.root = str(root)
         self.notes: list[str] = []
+        if not self.root.endswith('.tar'):
+            raise UserError(f'{root}: expected a folder or a .tar archive')
         try:
             found, _, _, tarfiles = extract_tarinfos(self.root, extensions=set(SUFFIXES))
         except ValueError as e:  # timm unpacks an empty list
             raise UserError(f'{root}: found 0 images; suffixes of images: {", ".join(SUFFIXES)}') from e
-        except (tarfile.TarError, OSError, AssertionError) as e:
+        except (tarfile.TarError, OSError) as e:
             raise UserError(f'{root} cannot be read as a tar archive: {e}') from e
         folders = [_folders_in_tar(*sample) for sample in found]
         kept = [i for i, parts in enumerate(folders) if not any(_is_hidden(part) for part in parts)

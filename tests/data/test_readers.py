@@ -114,6 +114,9 @@ def test_what_is_refused_in_an_archive(make, paths, message):
 @pytest.mark.parametrize(('content', 'message'), [
     (b'no archive' * 100, 'cannot be read as a tar archive'), (bytes(10240), 'found 0 images')])
 def test_archives_without_images(tmp_path, content, message):
+    (tmp_path / 'a.zip').write_bytes(content)
+    with pytest.raises(UserError, match=r'a\.zip: expected a folder or a \.tar archive'):
+        open_images(tmp_path / 'a.zip')
     (tmp_path / 'a.tar').write_bytes(content)
     with pytest.raises(UserError, match=message):
         open_images(tmp_path / 'a.tar')
