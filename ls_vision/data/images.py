@@ -24,6 +24,7 @@ UNREADABLE = -1  # the target of an image that could not be read
 
 MAX_PIXELS = 'LS_VISION_MAX_PIXELS'  # environment variable: pixels of the largest image to read
 ORIENTATION = 0x0112  # tag of EXIF and TIFF; 1 is upright, from 5 on rows and columns are exchanged
+PNG_ORIENTATIONS = ('exif', 'xmp', 'XML:com.adobe.xmp', 'Raw profile type exif')  # where Pillow finds one
 BITS, SAMPLES, EXTRA_SAMPLES = 258, 277, 338  # tags of TIFF: bits of a band, bands, what those beyond colours are
 COMPRESSION, PLANAR, FILL_ORDER, STRIP_OFFSETS, STRIP_LENGTHS = 259, 284, 266, 273, 279  # of TIFF
 COLORS = {'1': 1, 'L': 1, 'P': 1, 'F': 1, 'CMYK': 4}  # bands by Pillow's mode; 3 for any other
@@ -57,8 +58,9 @@ def read_image(file: Any, mode: str = 'RGB', size: Optional[tuple[int, int]] = N
     """
     with _open(file, size) as image:
         image.load()
-        if size is not None and image.size != size:
-            image = ImageOps.exif_transpose(image)
+        if size is not None:
+            _check_size(image, size)  # again: PNG may have its orientation after the pixels
+            image = image if image.size == size else ImageOps.exif_transpose(image)
         if image.mode == 'F' or image.mode.startswith('I'):
             image = _to_eight_bits(image)
         return image.convert(mode) if mode else image.copy()
@@ -169,7 +171,7 @@ def _tiff_kind(file: Any) -> str:
 
 def _check_size(image: Image.Image, size: tuple[int, int]) -> None:
     """Refuse an image that is neither as stored nor as turned by its EXIF orientation of this size, or may be both."""
-    turn = _orientation(image)
+    turn = _orientation(image, size)
     turned = image.size if turn < 5 or image.format == 'TIFF' else image.size[::-1]
     stored = turned[::-1] if turn >= 5 else turned
     if turn > 1 and size == turned == stored:
@@ -186,7 +188,10 @@ def _check_size(image: Image.Image, size: tuple[int, int]) -> None:
             f'is {stored[0]} x {stored[1]}{note}, its annotation says {size[0]} x {size[1]}')
 
 
-def _orientation(image: Image.Image) -> int:
+def _orientation(image: Image.Image, size: tuple[int, int]) -> int:
+    swapped = size != image.size and size == image.size[::-1]
+    if image.format == 'PNG' and not swapped and not any(key in image.info for key in PNG_ORIENTATIONS):
+        return 1  # Pillow would decode the image to look behind its pixels
     try:
         found = image.getexif().get(ORIENTATION, 1)
     except Exception:  # damaged EXIF data, which readers ignore

@@ -34,9 +34,10 @@ def _check_polygon(value: Any, width: int, height: int) -> list[float]:
         points = np.array(value, dtype=np.float64).reshape(-1, 2)
     except (TypeError, ValueError, OverflowError) as e:
         raise BadValue(f'segmentation: polygon {show(value)} is not made of numbers') from e
-    if points.size != len(value) or not np.isfinite(points).all():
+    inside = (points >= -EDGE) & (points <= (width + EDGE, height + EDGE))
+    if points.size != len(value) or not (inside.all() or np.isfinite(points).all()):
         raise BadValue(f'segmentation: polygon {show(value)} is not made of finite numbers')
-    if (points < -EDGE).any() or (points > (width + EDGE, height + EDGE)).any():
+    if not inside.all():
         raise BadValue(f'segmentation: polygon {show(value)} reaches outside the image of {width} x {height}')
     return points.ravel().tolist()
 

@@ -95,18 +95,20 @@ def clip_box(corners: Sequence[float], width: int, height: int) -> np.ndarray:
     Raises:
         BadValue: It is not finite, reaches more than a pixel beyond the image, or no area is left within it.
     """
-    box = np.array(corners, dtype=np.float64)
-    shown = [round(float(value), 2) for value in box]
-    if not np.isfinite(box).all():
-        raise BadValue(f'box {shown} is not finite')
-    left, top, right, bottom = box
+    left, top, right, bottom = corners
+    if not all(map(math.isfinite, corners)):
+        raise BadValue(f'box {_round(corners)} is not finite')
     if right <= left or bottom <= top:
-        raise BadValue(f'box {shown} has zero or negative area')
+        raise BadValue(f'box {_round(corners)} has zero or negative area')
     if left < -EDGE or top < -EDGE or right > width + EDGE or bottom > height + EDGE:
         raise BadValue(
-            f'box {shown} (left, top, right, bottom) reaches outside the image of {width} x {height}')
-    box = box.clip(0, [width, height, width, height])
-    left, top, right, bottom = box.astype(np.float32)  # the detectors' precision
-    if right <= left or bottom <= top:
-        raise BadValue(f'box {shown} has zero area within the image of {width} x {height}')
+            f'box {_round(corners)} (left, top, right, bottom) reaches outside the image of {width} x {height}')
+    box = np.array([min(max(value, 0), side) for value, side in zip(corners, (width, height) * 2, strict=True)], float)
+    sides = box[2:].astype(np.float32) - box[:2].astype(np.float32)  # the detectors' precision
+    if sides[0] <= 0 or sides[1] <= 0:
+        raise BadValue(f'box {_round(corners)} has zero area within the image of {width} x {height}')
     return box
+
+
+def _round(values: Sequence[float]) -> list[float]:
+    return [round(value, 2) for value in values]

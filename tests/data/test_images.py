@@ -105,6 +105,23 @@ def test_exif_that_the_size_does_not_tell_is_refused(tmp_path, orientation, size
             read()
 
 
+@pytest.mark.parametrize('orientation', [3, 6])
+def test_orientation_behind_the_pixels_of_a_png(tmp_path, orientation):
+    """As some tools write it. Decoding tells, the header alone does not."""
+    path = write_turned(tmp_path / 'a.png', orientation)
+    content = path.read_bytes()
+    start, end = content.index(b'eXIf') - 4, content.index(b'IEND') - 4
+    size = 12 + int.from_bytes(content[start:start + 4], 'big')
+    path.write_bytes(content[:start] + content[start + size:end] + content[start:start + size] + content[end:])
+    check_header(path, (40, 24))
+    if orientation == 6:
+        check_header(path, (24, 40))
+        assert read_image(path, size=(24, 40)).size == (24, 40)
+    else:
+        with pytest.raises(ImageError, match='has the EXIF orientation 3'):
+            read_image(path, size=(40, 24))
+
+
 @pytest.mark.parametrize('orientation', [1, 0, 9])
 def test_upright_exif(tmp_path, orientation):
     assert read_image(write_turned(tmp_path / 'a.jpg', orientation), size=(40, 24)).size == (40, 24)
