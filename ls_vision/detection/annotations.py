@@ -51,8 +51,8 @@ class Annotations:
     images: list[Annotated]
     class_names: list[str]
     problems: list[Problem] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)  # what a reader left out on purpose
     source: str = ''
+    notes: list[str] = field(default_factory=list)  # what a reader left out on purpose
 
     @property
     def num_objects(self) -> int:

@@ -45,7 +45,7 @@ class CocoReader:
         objects = self._objects(content.get('annotations', []), images, labels)
         return Annotations(
             [_annotated(*images[image_id], image_id, objects[image_id]) for image_id in images], names, self.problems,
-            self.notes)
+            notes=self.notes)
 
     def _load(self) -> dict[str, Any]:
         try:
