@@ -28,10 +28,11 @@ from timm.data import create_dataset, resolve_input_data_config
 from timm.utils import ParseKwargs
 from torch import nn
 
-from ls_vision.data.folders import SPLIT_FOLDERS, class_to_idx
+from ls_vision.data.folders import SPLIT_FOLDERS, class_to_idx, is_split, shorten
 from ls_vision.data.images import StrictImageDataset
+from ls_vision.data.readers import open_images
 from ls_vision.evaluation import imagenet
-from ls_vision.evaluation.classifier import create_classifier
+from ls_vision.evaluation.classifier import create_classifier, read_class_names
 from ls_vision.evaluation.loader import create_eval_loader
 from ls_vision.evaluation.predictions import Predictions, accuracy, predict
 from ls_vision.models._checkpoint import load_weights
@@ -109,16 +110,17 @@ def evaluate(args: argparse.Namespace, processes: Processes) -> dict[str, Any]:
     model = create_classifier(args, args.num_classes)
     if args.checkpoint:
         load_weights(model, args.checkpoint)
+    class_names = read_class_names(args.checkpoint) if args.checkpoint else None
     model.to(processes.device)
     if args.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     data_config = resolve_input_data_config(model, args=vars(args))
 
-    evaluate_on = partial(evaluate_folder, args, processes, model, data_config)
+    evaluate_on = partial(evaluate_folder, args, processes, model, data_config, class_names)
     if args.variant == 'c':
         metrics = evaluate_corruptions(Path(args.data_dir), evaluate_on)
     else:
-        metrics, _ = evaluate_on(find_classes(args), title=args.variant)
+        metrics, _ = evaluate_on(find_classes(args, class_names), title=args.variant)
     result = dict(
         model=args.model, variant=args.variant, img_size=data_config['input_size'][-1], **metrics,
         checkpoint=args.checkpoint or None, crop_pct=data_config['crop_pct'],
@@ -127,12 +129,12 @@ def evaluate(args: argparse.Namespace, processes: Processes) -> dict[str, Any]:
     return result
 
 
-def find_classes(args: argparse.Namespace) -> Path | None:
+def find_classes(args: argparse.Namespace, class_names: list[str] | None) -> Path | None:
     """The folder with one sub-folder per class: --data-dir, or its validation split; None for a named dataset."""
     if args.dataset:
         return None
     root = Path(args.data_dir)
-    return next((root / name for name in SPLIT_FOLDERS['validation'] if (root / name).is_dir()), root)
+    return next((root / name for name in SPLIT_FOLDERS['validation'] if is_split(root / name, class_names)), root)
 
 
 def evaluate_folder(
@@ -140,12 +142,13 @@ def evaluate_folder(
         processes: Processes,
         model: nn.Module,
         data_config: dict[str, Any],
+        class_names: list[str] | None,
         folder: Path | None,
         title: str,
 ) -> tuple[dict[str, float], Predictions]:
     """Metrics of one set of images, and its predictions."""
     classes = imagenet.subset(args.variant)
-    dataset = open_dataset(args, folder, classes)
+    dataset = open_dataset(args, folder, classes, class_names)
     loader = create_eval_loader(dataset, args.batch_size, args.workers, data_config, processes)
     predictions = predict(
         model, loader, processes, classes, partial(autocast, processes.device, args.amp, args.amp_dtype), title=title)
@@ -155,17 +158,28 @@ def evaluate_folder(
     return accuracy(predictions), predictions
 
 
-def open_dataset(args: argparse.Namespace, folder: Path | None, classes: torch.Tensor | None) -> Any:
+def open_dataset(
+        args: argparse.Namespace,
+        folder: Path | None,
+        classes: torch.Tensor | None,
+        class_names: list[str] | None,
+) -> Any:
     """The images, with targets among the model's classes or, for a variant with fewer, among its classes."""
-    try:
-        if folder is None:
+    if folder is None:
+        try:
             return create_dataset(args.dataset, root=args.data_dir, split=args.split, batch_size=args.batch_size)
-        found = class_to_idx(create_dataset('', root=str(folder), search_split=False))
-        numbers = imagenet.class_map(found, args.num_classes, classes)
-        return StrictImageDataset(
-            create_dataset('', root=str(folder), search_split=False, class_map=numbers), replace=False)
-    except (RuntimeError, OSError, ValueError, ImportError, AssertionError) as e:
-        raise UserError(f'{folder or args.dataset}: {first_line(e)}') from e
+        except (RuntimeError, OSError, ValueError, ImportError, AssertionError) as e:
+            raise UserError(f'{args.dataset}: {first_line(e)}') from e
+    dataset = open_images(folder)
+    found = class_to_idx(dataset)
+    dataset.reader.number(imagenet.class_map(found, args.num_classes, classes, class_names))
+    missing = [name for name in class_names or () if name not in found]
+    if classes is None and 0 < len(missing) < args.num_classes:
+        dataset.reader.notes.append(
+            f"{folder} has no images of {len(missing)} of the model's {args.num_classes} classes: {shorten(missing)}")
+    for note in dataset.reader.notes:
+        say(note)
+    return StrictImageDataset(dataset, replace=False)
 
 
 def evaluate_corruptions(root: Path, evaluate_on: Any) -> dict[str, Any]:

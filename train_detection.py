@@ -31,7 +31,7 @@ from ls_vision.detection import AnnotationError, Annotations, build_detector, re
 from ls_vision.detection.config import parse_args
 from ls_vision.detection.datasets import DetectionDataset
 from ls_vision.detection.engine import DetectionLoader, DetectionTask, find_objects, score
-from ls_vision.detection.pictures import draw_detections
+from ls_vision.detection.pictures import draw_detections, picture_names
 from ls_vision.detection.transforms import create_train_transform
 from ls_vision.models._checkpoint import load_weights
 from ls_vision.runtime import randomness
@@ -80,9 +80,10 @@ def train(args: argparse.Namespace, processes: Processes) -> dict[str, Any]:
 
 def read_sets(args: argparse.Namespace) -> tuple[Annotations, Annotations]:
     """Read and check both sets; problems of both are reported together."""
-    train_set = read_annotations(args.train_annotations, args.train_images, skip_bad=True)
+    with_masks = args.detector == 'mask_rcnn'
+    train_set = read_annotations(args.train_annotations, args.train_images, skip_bad=True, with_masks=with_masks)
     val_set = read_annotations(
-        args.val_annotations, args.val_images, class_names=train_set.class_names, skip_bad=True)
+        args.val_annotations, args.val_images, train_set.class_names, skip_bad=True, with_masks=with_masks)
     problems = train_set.problems + val_set.problems
     if problems and not args.skip_bad:
         raise AnnotationError(' and '.join(s.source for s in (train_set, val_set) if s.problems), problems)
@@ -90,6 +91,12 @@ def read_sets(args: argparse.Namespace) -> tuple[Annotations, Annotations]:
         say(f'Left out {len(problems)} bad records:')
         for problem in problems:
             say(f'  {problem}')
+    for note in train_set.notes + val_set.notes:
+        say(note)
+    for found in (train_set, val_set):
+        if found.num_objects == found.num_crowds:
+            what = f'all {found.num_objects} are crowds or difficult' if found.num_objects else 'none is left'
+            raise UserError(f'{found.source}: no object to train on or to find: {what}')
     return train_set, val_set
 
 
@@ -115,7 +122,7 @@ def create_loader(args: argparse.Namespace, train_set: Annotations, processes: P
     """Augmented training batches."""
     transform = create_train_transform(
         args.crop_size, args.crop_scale, args.hflip, args.vflip, args.transpose, args.color_jitter)
-    dataset = DetectionDataset(train_set, transform, args.detector == 'mask_rcnn', args.crops_per_image)
+    dataset = DetectionDataset(train_set, transform, args.detector == 'mask_rcnn', args.crops_per_image, args.skip_bad)
     if len(dataset) < args.batch_size * processes.world_size:
         raise UserError(
             f'--batch-size {args.batch_size} on {processes.world_size} processes exceeds the {len(dataset)} samples of '
@@ -196,9 +203,9 @@ def finish(
     if state.processes.is_primary:
         with watch.measure('pictures'):
             (output / 'pictures').mkdir(exist_ok=True)
-            for image in val_set.images:
-                picture = output / 'pictures' / f'{image.path.stem}.png'
-                draw_detections(image, found[image.image_id], picture, args.picture_score)
+            for image, name in zip(val_set.images, picture_names(val_set.images), strict=True):
+                if image.image_id in found:  # it could be decoded
+                    draw_detections(image, found[image.image_id], output / 'pictures' / name, args.picture_score)
     summary = ', '.join(f'{name} {metrics[name]:.4f}' for name in ('AP', 'AP50', 'AP75', 'AR'))
     say(f'{summary} at {args.max_dets} detections in each of {len(val_set.images):,} images ({path})')
     say(f'Finished in {watch}. Everything is in {output}')

@@ -177,7 +177,7 @@ def draw_pictures(
     pictures.draw_learning_curve(output / 'summary.csv', output / 'learning_curve.png')
     samples = pictures.pick_samples(datasets.val, count=24, seed=args.seed)
     if samples is None:
-        say('No pictures of predictions and attention: the dataset cannot be indexed.')
+        say('No pictures of predictions and attention: no image can be read, or the dataset cannot be indexed.')
         return
     names = datasets.class_names
     pictures.draw_predictions(model, samples, data_config, names, output / 'predictions.png')

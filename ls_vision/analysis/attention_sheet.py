@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ls_vision.analysis import pictures
 from ls_vision.analysis.record import PixelAttention, Record, record, rollout
 from ls_vision.analysis.zoo import ImageSize
-from ls_vision.data.images import read_image
-from ls_vision.runtime.errors import UserError, first_line
+from ls_vision.data.images import ImageError, read_image
+from ls_vision.runtime.errors import UserError
 from ls_vision.runtime.files import atomic_write
 
 if TYPE_CHECKING:
@@ -59,8 +59,8 @@ def load_image(path: Path, size: Optional[ImageSize], shorter_side: int) -> Tens
     """
     try:
         image = read_image(path)
-    except OSError as e:
-        raise UserError(f'{path} cannot be read as an image: {first_line(e)}') from e
+    except ImageError as e:
+        raise UserError(f'{path} {e}') from e
     if size is None:
         scale = shorter_side / min(image.size)
         height, width = (max(round(side * scale / GRAIN), 1) * GRAIN for side in (image.height, image.width))

@@ -6,6 +6,7 @@ import csv
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
@@ -53,12 +54,15 @@ def pick_samples(dataset: Any, count: int, seed: int) -> Optional[Samples]:
     """Pick random images from a dataset whose transform returns uint8 images.
 
     Returns:
-        The samples, or None where the dataset cannot be indexed.
+        The samples, without unreadable images, or None where there are none or the dataset cannot be indexed.
     """
     if not hasattr(dataset, '__getitem__'):
         return None
-    indices = np.random.default_rng(seed).permutation(len(dataset))[:count]
-    images, targets = zip(*(dataset[int(i)] for i in indices), strict=True)
+    samples = (dataset[int(i)] for i in np.random.default_rng(seed).permutation(len(dataset)))
+    readable = list(islice((sample for sample in samples if sample[1] >= 0), count))
+    if not readable:
+        return None
+    images, targets = zip(*readable, strict=True)
     return Samples(torch.stack([torch.as_tensor(np.asarray(image)) for image in images]), torch.as_tensor(targets))
 
 
@@ -335,4 +339,5 @@ def _veil_all_but_keys(
 
 
 def _class_name(class_names: Optional[list[str]], index: int) -> str:
-    return class_names[index] if class_names is not None else f'class {index}'
+    # a dollar would start a formula
+    return class_names[index].replace('$', r'\$') if class_names is not None else f'class {index}'

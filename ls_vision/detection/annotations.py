@@ -1,15 +1,18 @@
 """Annotated images, as every reader returns them, and the problems that a reader finds."""
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
+from ..data.images import ImageError, check_header
 from ..runtime.errors import UserError
+from .values import BadValue
 
 SHOWN = 50  # an error lists at most this many problems
+LONGEST = 400  # characters of a problem's message
 
 
 @dataclass
@@ -20,7 +23,12 @@ class Problem:
     message: str
 
     def __str__(self) -> str:
-        return f'{self.file}: {self.record}{": " if self.record else ""}{self.message}'
+        """One line that every terminal can show, whatever the file holds."""
+        message = self.message
+        if len(message) > LONGEST:
+            message = f'{message[:LONGEST // 2]} ... {message[-LONGEST // 4:]}'
+        line = f'{self.file}: {self.record}{": " if self.record else ""}{message}'
+        return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in line)
 
 
 @dataclass
@@ -44,10 +52,16 @@ class Annotations:
     class_names: list[str]
     problems: list[Problem] = field(default_factory=list)
     source: str = ''
+    notes: list[str] = field(default_factory=list)  # what a reader left out on purpose
 
     @property
     def num_objects(self) -> int:
         return sum(len(image.boxes) for image in self.images)
+
+    @property
+    def num_crowds(self) -> int:
+        """Objects that neither training nor evaluation uses."""
+        return sum(int(image.crowd.sum()) for image in self.images)
 
 
 class AnnotationError(UserError):
@@ -64,31 +78,39 @@ class AnnotationError(UserError):
             '\nCorrect them, or pass --skip-bad to continue without these records')
 
 
-def check_image(path: Path, width: Any, height: Any) -> Optional[str]:
-    """The problem of an image file, or None; only its header is read."""
-    if not path.is_file():
-        return f'image file {path} is missing'
+def find_image(folders: Sequence[Path], name: str) -> Path:
+    """The file of a name in the first folder that has it.
+
+    Names with Windows' backslashes, and in the other Unicode form (macOS decomposes accents), are found too.
+
+    Raises:
+        BadValue: There is none.
+    """
+    names = dict.fromkeys(
+        form for spelling in (name, name.replace('\\', '/'))
+        for form in (spelling, *(unicodedata.normalize(kind, spelling) for kind in ('NFC', 'NFD'))))
+    for folder in folders:
+        for form in names:
+            if _is_file(folder / form):
+                return folder / form
+    also = ''.join(f', also from {folder}' for folder in folders[1:])
+    raise BadValue(f'image file {folders[0] / name} is missing{also}')
+
+
+def check_image(path: Path, width: int, height: int) -> None:
+    """Read an image's header.
+
+    Raises:
+        BadValue: It cannot be read, or does not fit its annotation.
+    """
     try:
-        with Image.open(path) as image:
-            size = image.size
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as e:
-        return f'image file {path} cannot be read: {e}'
-    if size != (width, height):
-        return f'image file {path} is {size[0]} x {size[1]}, its annotation says {width} x {height}'
-    return None
+        check_header(path, (width, height))
+    except ImageError as e:
+        raise BadValue(f'image file {path} {e}') from e
 
 
-def check_box(box: Any, width: float, height: float) -> Optional[str]:
-    """The problem of a box (left, top, right, bottom), or None; one pixel beyond the edge counts as rounding."""
-    left, top, right, bottom = box
-    if not np.isfinite(box).all():
-        return f'box {_round(box)} is not finite'
-    if right <= left or bottom <= top:
-        return f'box {_round(box)} has zero or negative area'
-    if left < -1 or top < -1 or right > width + 1 or bottom > height + 1:
-        return f'box {_round(box)} (left, top, right, bottom) reaches outside the image of {width} x {height}'
-    return None
-
-
-def _round(box: Any) -> list[float]:
-    return [round(float(value), 2) for value in box]
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # e.g. a name that is too long, or holds a null byte
+        return False

@@ -41,7 +41,9 @@ def _add_data_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument('--train-images', metavar='DIR', help='their images; where the annotations lie if not set')
     group.add_argument('--val-annotations', metavar='PATH', help='the same for evaluation')
     group.add_argument('--val-images', metavar='DIR', help='the same for evaluation')
-    group.add_argument('--skip-bad', action='store_true', help='leave out bad records instead of stopping')
+    group.add_argument('--skip-bad', action='store_true', help='leave out bad records and images instead of stopping')
+    group.add_argument('--max-unreadable', type=float, default=1., metavar='SHARE',
+                       help='share of undecodable training images that ends the run, with --skip-bad')
     group.add_argument('-b', '--batch-size', type=int, default=16, help='training batch of a process')
     group.add_argument('-j', '--workers', type=int, default=4, help='loader processes; 0 loads in the main process')
 

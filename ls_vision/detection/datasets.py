@@ -9,14 +9,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from ..data.images import read_image
+from ..data.images import CountsUnreadable, ImageError, map_pixels, read_image
 from ..runtime.errors import UserError
 from .annotations import Annotated, Annotations
 
 CACHED_IMAGES = 4  # decoded images per process, so that crops of a large image decode it once
 
 
-class DetectionDataset(Dataset[Any]):
+class DetectionDataset(CountsUnreadable, Dataset[Any]):
     """Images and targets for the training of a torchvision detector.
 
     Args:
@@ -24,6 +24,7 @@ class DetectionDataset(Dataset[Any]):
         transform: Takes and returns the image and the target.
         with_masks: Include masks.
         crops_per_image: Samples of each image per epoch; they follow each other.
+        skip_bad: Replace an image that cannot be decoded by the next one, and count it, instead of raising.
     """
 
     def __init__(
@@ -32,15 +33,22 @@ class DetectionDataset(Dataset[Any]):
             transform: Callable[[tv_tensors.Image, dict[str, Any]], tuple[Tensor, dict[str, Any]]],
             with_masks: bool = False,
             crops_per_image: int = 1,
+            skip_bad: bool = False,
     ):
+        super().__init__(len(annotations.images))
         self.annotations, self.transform = annotations, transform
         self.with_masks, self.crops_per_image = with_masks, crops_per_image
+        self.skip_bad = skip_bad
 
     def __len__(self) -> int:
         return len(self.annotations.images) * self.crops_per_image
 
+    @property
+    def class_names(self) -> list[str]:
+        return self.annotations.class_names
+
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
-        image = self.annotations.images[index // self.crops_per_image]
+        image, pixels = self._read(index)
         size = (image.height, image.width)
         kept = ~image.crowd
         target: dict[str, Any] = dict(
@@ -49,7 +57,28 @@ class DetectionDataset(Dataset[Any]):
             labels=torch.from_numpy(image.labels[kept]))
         if self.with_masks:
             target['masks'] = tv_tensors.Mask(torch.from_numpy(read_masks(image)[kept]))
-        return self.transform(tv_tensors.Image(read_pixels(image.path)), target)
+        return self.transform(tv_tensors.Image(pixels), target)
+
+    def filename(self, index: int) -> str:
+        """The file of an image, counted as in `unreadable`."""
+        return str(self.annotations.images[index].path)
+
+    def read(self, index: int) -> Tensor:
+        """The pixels of an image, counted as in `unreadable`."""
+        image = self.annotations.images[index]
+        return read_pixels(image.path, (image.width, image.height))
+
+    def _read(self, index: int) -> tuple[Annotated, Tensor]:
+        """The image of a sample and its pixels, or those of the next one that can be decoded."""
+        images, first = self.annotations.images, index // self.crops_per_image
+        for place in (*range(first, len(images)), *range(first)):
+            try:
+                return images[place], self.read(place)
+            except UserError:
+                if not self.skip_bad:
+                    raise
+                self.unreadable[place] = 1
+        raise UserError(f'none of the {len(images)} images of {self.annotations.source} can be decoded')
 
 
 def collate(samples: list[tuple[Tensor, dict[str, Any]]]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
@@ -59,16 +88,21 @@ def collate(samples: list[tuple[Tensor, dict[str, Any]]]) -> tuple[list[Tensor],
 
 
 @lru_cache(maxsize=CACHED_IMAGES)
-def read_pixels(path: Path) -> Tensor:
-    """(3, H, W) uint8.
+def read_pixels(path: Path, size: tuple[int, int] | None = None) -> Tensor:
+    """(3, H, W) uint8; a crop of an uncompressed TIFF reads only its own part of the file.
+
+    Args:
+        path: Image file.
+        size: Width and height of its annotation, which tell whether to turn it by its EXIF orientation.
 
     Raises:
-        UserError: The file is damaged.
+        UserError: The file is damaged or does not fit; see `read_image`.
     """
     try:
-        pixels = np.array(read_image(path))
-    except (OSError, ValueError) as e:
-        raise UserError(f'image {path} cannot be decoded: {e}') from e
+        mapped = map_pixels(path, size)
+        pixels = np.array(read_image(path, size=size)) if mapped is None else mapped
+    except ImageError as e:
+        raise UserError(f'image {path} {e}; --skip-bad continues without such images') from e
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 

@@ -8,7 +8,8 @@ from timm.task import TrainingTask
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..runtime.logs import ProgressBar
+from ..runtime.errors import UserError
+from ..runtime.logs import ProgressBar, say
 from ..runtime.processes import Processes
 from ..training.sampling import ResumableBatchSampler, create_resumable_loader
 from .annotations import Annotations
@@ -64,17 +65,33 @@ def find_objects(
         args: argparse.Namespace,
         processes: Processes,
 ) -> dict[int, Detections]:
-    """Detections in each image by its id. Every process takes its share of the images and gets all results."""
+    """Detections in each image by its id. Every process takes its share of the images and gets all results.
+
+    With `args.skip_bad`, images that cannot be decoded have none, so that their objects count as missed.
+
+    Raises:
+        UserError: An image cannot be decoded.
+    """
     model.eval()
     mine: dict[int, Detections] = {}
     images = annotations.images[processes.rank::processes.world_size]
     with ProgressBar('evaluation', len(images)) as progress:
         for image in images:
-            pixels = read_pixels(image.path).to(processes.device).float() / 255
+            try:
+                pixels = read_pixels(image.path, (image.width, image.height)).to(processes.device).float() / 255
+            except UserError:
+                if not args.skip_bad:
+                    raise
+                continue
             found = detect(model, pixels, args.tile_size, args.tile_overlap, max_dets=args.max_dets)
             mine[image.image_id] = {name: value.cpu() for name, value in found.items()}
             progress.update()
-    return {image_id: found for part in processes.gather(mine) for image_id, found in part.items()}
+    everything = {image_id: part[image_id] for part in processes.gather(mine) for image_id in part}
+    missing = len(annotations.images) - len(everything)
+    if missing:
+        say(f'{missing} of {len(annotations.images)} evaluation images cannot be decoded: '
+            'their objects count as missed')
+    return everything
 
 
 def score(annotations: Annotations, found: dict[int, Detections], args: argparse.Namespace) -> dict[str, float]:

@@ -1,4 +1,6 @@
 """Pictures of detections, compared with the ground truth."""
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -6,6 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.ops import box_iou
 
+from ..data.images import read_image
 from .annotations import Annotated
 from .evaluation import Detections
 
@@ -40,8 +43,7 @@ def draw_detections(
     missed[matched[right]] = False
     counts = dict(found=int(right.sum()), false=int((~right).sum()), missed=int(missed.sum()))
 
-    with Image.open(image.path) as file:
-        picture = file.convert('RGB')
+    picture = read_image(image.path, size=(image.width, image.height))
     draw = ImageDraw.Draw(picture)
     line = max(1, round(max(picture.size) / 600))
     for group, color in ((truth[missed], MISSED), (boxes[~right], FALSE), (boxes[right], FOUND)):
@@ -49,6 +51,14 @@ def draw_detections(
             draw.rectangle(box, outline=color, width=line)
     _add_legend(picture, counts, score_thresh, iou_thresh).save(path)
     return counts
+
+
+def picture_names(images: Sequence[Annotated]) -> list[str]:
+    """A file name for the picture of each image: that of the image, with its id where several would be the same."""
+    stems = [image.path.stem for image in images]
+    shared = Counter(stem.lower() for stem in stems)  # lower: not all file systems tell A.png from a.png
+    return [f'{stem}.png' if shared[stem.lower()] == 1 else f'{stem}-{image.image_id}.png'
+            for stem, image in zip(stems, images, strict=True)]
 
 
 def match(boxes: Tensor, labels: Tensor, truth: Tensor, true_labels: Tensor, iou_thresh: float) -> Tensor:

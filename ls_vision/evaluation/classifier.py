@@ -9,6 +9,7 @@ from torch import nn
 import ls_vision.models  # noqa: F401  (registers the models)
 
 from ..analysis.zoo import check_model
+from ..runtime.archives import load_checkpoint
 from ..runtime.errors import UserError, first_line
 
 
@@ -31,3 +32,13 @@ def create_classifier(args: argparse.Namespace, num_classes: int, **kwargs: Any)
         return timm.create_model(pretrained=args.pretrained, **model_args)
     except (TypeError, ValueError, RuntimeError, AssertionError) as e:
         raise UserError(f'model {args.model} cannot be built with {args.model_kwargs}: {first_line(e)}') from e
+
+
+def read_class_names(path: str) -> list[str] | None:
+    """The names of the classes that a checkpoint of train_imagenet.py was trained on, by number; None without any.
+
+    Raises:
+        UserError: The checkpoint cannot be read.
+    """
+    names = load_checkpoint(path).get('class_names')
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None

@@ -8,7 +8,7 @@
     c       Hendrycks and Dietterich, arXiv 1903.12261, folders <corruption>/<severity>/<class>
 """
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import torch
 from timm.data import ImageNetInfo
 from torch import Tensor
 
+from ..data.folders import shorten
 from ..runtime.errors import UserError
 from .predictions import Predictions
 
@@ -39,33 +40,48 @@ def subset(variant: str) -> Tensor | None:
     return torch.tensor([int(line) for line in _timm_file(f'imagenet_{variant}_indices.txt').split()])
 
 
-def class_map(folders: Iterable[str], num_classes: int, classes: Tensor | None = None) -> dict[str, int]:
+def class_map(
+        folders: Iterable[str],
+        num_classes: int,
+        classes: Tensor | None = None,
+        class_names: Sequence[str] | None = None,
+) -> dict[str, int]:
     """The target of each class folder.
 
-    Folders named by WordNet ids or by numbers are the classes of that name, even if some are missing. Any other
+    Folders are matched with the names of the model's classes, so that some may be missing. Where the names are not
+    known, the folders of a model of 1000 classes may be named by WordNet ids or numbers of ImageNet classes. Any other
     folders are numbered in timm's order, and there must be one for each of the model's classes.
 
     Args:
         folders: Names of class folders, in timm's order.
         num_classes: Number of the model's classes.
         classes: Classes of the dataset; targets are indices into this list.
+        class_names: Names of the model's classes, from its checkpoint.
 
     Raises:
         UserError: A folder belongs to no class.
     """
     folders = list(folders)
     synsets = {name: i for i, name in enumerate(ImageNetInfo().label_names())} if num_classes == NUM_CLASSES else {}
-    if synsets and all(name in synsets for name in folders):
+    known = {name: i for i, name in enumerate(class_names or ())}
+    if known and all(name in known for name in folders):
+        numbers = {name: known[name] for name in folders}
+    elif known and list(known) != list(synsets):
+        unknown = [name for name in folders if name not in known]
+        raise UserError(
+            f'{len(unknown)} of {len(folders)} class folders, e.g. {unknown[:3]}, are not among the {len(known)} '
+            f'classes of the checkpoint: {shorten(list(known))}')
+    elif synsets and all(name in synsets for name in folders):
         numbers = {name: synsets[name] for name in folders}
-    elif all(name.isdecimal() and int(name) < num_classes for name in folders):
+    elif synsets and all(name.isdecimal() and int(name) < num_classes for name in folders):
         numbers = {name: int(name) for name in folders}
     elif len(folders) == num_classes:
         numbers = {name: i for i, name in enumerate(folders)}
     else:
         raise UserError(
             f'{len(folders)} class folders, e.g. {folders[:3]}, are neither all named by WordNet ids or numbers of '
-            f'ImageNet classes nor as many as the model has classes, {num_classes}: pass --num-classes {len(folders)} '
-            'for a model of them')
+            f'ImageNet classes nor as many as the model has classes, {num_classes}, which the checkpoint does not '
+            f'name: pass --num-classes {len(folders)} for a model of them')
     if classes is None:
         return numbers
     places = {int(number): place for place, number in enumerate(classes)}

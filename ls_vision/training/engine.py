@@ -162,4 +162,4 @@ def _check_unreadable(state: TrainingState, dataset: Any, args: argparse.Namespa
     if found and found > args.max_unreadable * len(dataset):
         raise UserError(
             f'{found} of {len(dataset)} training images cannot be read, more than --max-unreadable '
-            f'{args.max_unreadable:g} of them; e.g. {dataset.filename(int(dataset.unreadable.argmax()))}')
+            f'{args.max_unreadable:g} of them; e.g. {dataset.describe_unreadable()}')

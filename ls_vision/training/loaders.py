@@ -12,8 +12,9 @@ from timm.data import FastCollateMixup, ImageDataset, create_dataset, create_loa
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from ..data.folders import class_to_idx, find_split
+from ..data.folders import check_class_map, class_names, class_to_idx, find_split, read_class_map, shorten
 from ..data.images import StrictImageDataset
+from ..data.readers import SUFFIXES, open_images
 from ..evaluation.loader import create_eval_loader, shared_options
 from ..runtime.errors import UserError, first_line
 from ..runtime.logs import say
@@ -35,20 +36,29 @@ def create_datasets(args: argparse.Namespace) -> Datasets:
     """Open both splits and check that their classes agree."""
     if args.dataset:
         train, val = _open(args, args.train_split), _open(args, args.val_split)
-        return Datasets(_strict(train, replace=True), _strict(val, replace=False), _class_names(train))
+        return Datasets(_strict(train, replace=True), _strict(val, replace=False), class_names(train))
 
     train_dir, val_dir = (find_split(args.data_dir, split) for split in (args.train_split, args.val_split))
-    train = _open(args, args.train_split, train_dir)
-    classes = class_to_idx(train)
-    found = class_to_idx(_open(args, args.val_split, val_dir))
-    unknown = sorted(found.keys() - classes.keys())
+    train, val = _open_folder(args, train_dir), _open_folder(args, val_dir)
+    present = list(class_to_idx(train))
+    if args.class_map:
+        names = read_class_map(args.class_map, train_dir)
+        unused = check_class_map(names, present, args.class_map, train_dir)
+        if unused:
+            say(f'{train_dir} has no images of {len(unused)} classes of {args.class_map}: {shorten(unused)}')
+        train.reader.number(names)
+    classes, found = class_to_idx(train), class_to_idx(val)
+    unknown = [name for name in found if name not in classes]
     if unknown:
         raise UserError(
             f'{val_dir} has {len(unknown)} classes that {train_dir} lacks, e.g. {unknown[:3]}: both need the same '
             'class folders')
+    missing = [name for name in present if name not in found]
+    if missing:
+        say(f'{val_dir} has no images of {len(missing)} of the {len(present)} classes of training: {shorten(missing)}')
     # Numbered on its own, an evaluation split that lacks a class would number the others wrongly.
-    val = _open(args, args.val_split, val_dir, class_map=classes)
-    return Datasets(_strict(train, replace=True), _strict(val, replace=False), _class_names(train))
+    val.reader.number(classes)
+    return Datasets(_strict(train, replace=True), _strict(val, replace=False), class_names(train))
 
 
 def resolve_num_classes(args: argparse.Namespace, datasets: Datasets) -> int:
@@ -192,15 +202,23 @@ def _create_mixup(args: argparse.Namespace, num_classes: int) -> FastCollateMixu
     )
 
 
-def _open(args: argparse.Namespace, split: str, folder: Path | None = None, class_map: Any = None) -> Any:
+def _open_folder(args: argparse.Namespace, folder: Path) -> ImageDataset:
+    """The images of a folder or tar archive, with what the user should know about it."""
+    dataset = open_images(folder, args.input_key.split(';') if args.input_key else SUFFIXES)
+    for note in dataset.reader.notes:
+        say(note)
+    return dataset
+
+
+def _open(args: argparse.Namespace, split: str) -> Any:
+    """A named dataset of timm."""
     is_training = split == args.train_split
     try:
         return create_dataset(
             args.dataset,
-            root=str(folder or args.data_dir),
+            root=args.data_dir,
             split=split,
-            search_split=folder is None,
-            class_map=class_map or args.class_map,
+            class_map=args.class_map,
             is_training=is_training,
             batch_size=args.batch_size,
             seed=args.seed,
@@ -209,10 +227,4 @@ def _open(args: argparse.Namespace, split: str, folder: Path | None = None, clas
             **{key: value for key in ('input_key', 'target_key') if (value := getattr(args, key))},
         )
     except (RuntimeError, OSError, ValueError, ImportError, AssertionError) as e:
-        raise UserError(f'{folder or args.dataset}: {first_line(e)}') from e
-
-
-def _class_names(dataset: Any) -> list[str] | None:
-    if hasattr(dataset, 'classes'):  # torchvision
-        return [str(name) for name in dataset.classes]
-    return [str(name) for name, _ in sorted(class_to_idx(dataset).items(), key=lambda item: item[1])] or None
+        raise UserError(f'{args.dataset}: {first_line(e)}') from e

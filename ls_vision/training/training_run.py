@@ -90,6 +90,7 @@ class TrainingRun:
     def save(self, is_best: bool = False) -> None:
         """Write the checkpoint. Every process must call it; the first one writes."""
         content = self.state.checkpoint(self.args, self._unreadable())
+        content['class_names'] = getattr(self.loader.dataset, 'class_names', None)  # evaluation matches by name
         if self.state.processes.is_primary:
             save_checkpoint(self.output, content, is_best)
 

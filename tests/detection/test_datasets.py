@@ -6,7 +6,7 @@ from detection_helpers import write_coco
 from torchvision import tv_tensors
 
 from ls_vision.detection import read_annotations
-from ls_vision.detection.datasets import DetectionDataset, collate, read_masks
+from ls_vision.detection.datasets import DetectionDataset, collate, read_masks, read_pixels
 from ls_vision.detection.transforms import RandomScaleCrop, RandomTranspose, create_train_transform
 from ls_vision.runtime.errors import UserError
 
@@ -101,3 +101,25 @@ def test_run_lengths(tmp_path):
     image.segmentations = None
     with pytest.raises(UserError, match='objects without a segmentation'):
         read_masks(image)
+
+
+def test_images_that_cannot_be_decoded(tmp_path):
+    path = write_coco(tmp_path, 3)
+    content = (tmp_path / '2.png').read_bytes()
+    (tmp_path / '2.png').write_bytes(content[:len(content) // 2])  # its header is intact
+    annotations = read_annotations(str(path))
+    transform = create_train_transform(None, (1., 1.), 0., 0., 0., 0.)
+    with pytest.raises(UserError, match=r'image .*2\.png cannot be read as an image: .*--skip-bad continues without'):
+        DetectionDataset(annotations, transform)[2]
+    dataset = DetectionDataset(annotations, transform, crops_per_image=2, skip_bad=True)
+    assert torch.equal(dataset[5][0], dataset[0][0])  # the next one, after the last the first
+    assert (len(dataset), dataset.num_unreadable, dataset.unreadable.tolist()) == (6, 1, [0, 0, 1])
+    assert dataset.filename(2) == str(tmp_path / '2.png')
+    resumed = DetectionDataset(annotations, transform, skip_bad=True)
+    resumed.mark_unreadable(dataset.unreadable.nonzero().flatten())
+    assert resumed.num_unreadable == 1
+    for i in range(3):
+        (tmp_path / f'{i}.png').write_bytes(content[:100])
+    read_pixels.cache_clear()
+    with pytest.raises(UserError, match=r'none of the 3 images of .* can be decoded'):
+        dataset[0]

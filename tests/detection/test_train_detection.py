@@ -68,6 +68,7 @@ def test_run_leaves_everything(config, tmp_path):
     assert {'last.pth.tar', 'model_best.pth.tar', 'args.yaml', 'summary.csv', 'metrics.jsonl', 'pictures'} <= names
     assert sorted(p.name for p in (output / 'pictures').iterdir()) == ['0.png', '1.png']
     assert 0 <= result['AP'] <= 1
+    assert load_checkpoint(output / 'last.pth.tar')['class_names'] == ['square', 'bar']
     steps = [json.loads(line) for line in (output / 'metrics.jsonl').read_text().splitlines()]
     assert [line['update'] for line in steps if 'update' in line] == [1, 2, 3, 4, 5, 6]
     assert len((output / 'summary.csv').read_text().splitlines()) == 3
@@ -163,6 +164,32 @@ def test_bad_annotations_stop_the_run_before_training(config, tmp_path, capsys):
     run(config, '--skip-bad', '--epochs', '1')
     text = capsys.readouterr().out
     assert 'Left out 3 bad records' in text and '16 objects' in text
+
+
+def test_images_of_which_half_is_missing(config, tmp_path, capsys):
+    """Their headers are intact, so that only decoding tells."""
+    for path in (tmp_path / 'train' / '1.png', tmp_path / 'val' / '0.png'):
+        path.write_bytes(path.read_bytes()[:len(path.read_bytes()) // 2])
+    result = run(config, '--skip-bad', '--epochs', '1', '--crops-per-image', '2', '--batch-size', '4')
+    out = capsys.readouterr().out
+    assert ', 1 training images unreadable, AP' in out
+    assert '1 of 2 evaluation images cannot be decoded: their objects count as missed' in out
+    assert [path.name for path in (result['output'] / 'pictures').iterdir()] == ['1.png']
+
+
+@pytest.mark.parametrize('split', ['train', 'val'])
+def test_sets_of_crowds_alone_are_refused(config, tmp_path, split):
+    path = tmp_path / split / 'annotations.json'
+    path.write_text(path.read_text().replace('"iscrowd": 0', '"iscrowd": "1"'))
+    with pytest.raises(SystemExit, match=rf'{split}/annotations\.json: no object to train on or to find: .* crowds'):
+        run(config)
+
+
+def test_mask_rcnn_wants_masks_before_training(config, tmp_path):
+    path = tmp_path / 'train' / 'annotations.json'
+    path.write_text(path.read_text().replace('"segmentation": [[', '"segmentation": [], "other": [[', 1))
+    with pytest.raises(SystemExit, match=r'annotations\[0\] \(id 1\): has no segmentation, which Mask R-CNN needs'):
+        run(config, '--detector', 'mask_rcnn')
 
 
 @pytest.mark.parametrize(('extra', 'message'), [

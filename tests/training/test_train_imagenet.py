@@ -1,5 +1,7 @@
 """The training script, end to end on a folder of 16 images."""
 import csv
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from malicious import Gadget
 from PIL import Image
 from training_helpers import write_images
 
+import eval_imagenet
 import train_imagenet
 
 SCRIPT = Path(train_imagenet.__file__)
@@ -88,6 +91,48 @@ def test_evaluation_classes_keep_the_indices_of_training(config, image_folder):
     assert {datasets.val[i][1] for i in range(len(datasets.val))} == {1}
 
 
+def test_class_names_are_in_the_checkpoint_and_pictures_and_evaluation_goes_by_them(config, image_folder, capsys):
+    """One class has a name in Latin-1, the other looks like the number of a class; an evaluation lacks the first."""
+    for split in ('train', 'val'):
+        os.rename(image_folder / split / 'dark', os.fsencode(image_folder / split) + b'/$ \xe9')
+        (image_folder / split / 'light').rename(image_folder / split / '0')
+    result = run(config, '--epochs', '1')
+    assert (result['output'] / 'predictions.png').exists()
+    assert torch.load(result['output'] / 'last.pth.tar')['class_names'] == ['$ \u00e9', '0'][::-1]
+    capsys.readouterr()
+    parts = []
+    for folder in list((image_folder / 'val').iterdir()):  # each class alone
+        folder.rename(image_folder / 'away')
+        parts.append(eval_imagenet.main([
+            '--model', 'vil_ls_tiny', '--model-kwargs', 'img_size=32', 'patch_size=4', 'embed_dims=(8,16,16,16)',
+            'num_heads=(1,2,2,2)', 'depths=(1,1,1,1)', 'window_size=2', 'rank=3', '--num-classes', '2', '--img-size',
+            '32', '--checkpoint', str(result['output'] / 'last.pth.tar'), '--data-dir', str(image_folder), '--device',
+            'cpu', '--workers', '0']))
+        (image_folder / 'away').rename(folder)
+    assert [part['images'] for part in parts] == [4, 4]
+    assert sum(part['top1'] for part in parts) / 2 == result['top1']
+    assert "has no images of 1 of the model's 2 classes: '0'" in capsys.readouterr().out
+
+
+def test_classes_of_the_splits_are_compared(config, image_folder, capsys):
+    shutil.rmtree(image_folder / 'val' / 'dark')
+    for split in ('train', 'val'):
+        (image_folder / split / '.ipynb_checkpoints').mkdir()
+        shutil.copy(image_folder / 'train' / 'dark' / '0.png', image_folder / split / '.ipynb_checkpoints')
+    datasets = train_imagenet.create_datasets(train_imagenet.parse_args(['--config', str(config)]))
+    assert datasets.class_names == ['dark', 'light'] and {datasets.val[i][1] for i in range(4)} == {1}
+    assert "val has no images of 1 of the 2 classes of training: 'dark'" in capsys.readouterr().out
+
+
+def test_class_map_with_a_byte_order_mark(config, image_folder, capsys):
+    (image_folder / 'map.txt').write_bytes(b'\xef\xbb\xbflight\nbird\ndark\n')
+    options = ['--config', str(config), '--class-map', str(image_folder / 'map.txt')]
+    datasets = train_imagenet.create_datasets(train_imagenet.parse_args(options))
+    assert datasets.class_names == ['light', 'bird', 'dark']
+    assert {datasets.train[i][1] for i in range(16)} == {datasets.val[i][1] for i in range(8)} == {0, 2}
+    assert "train has no images of 1 classes of" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize('argv, message', [
     (['--num-classes', '7'], '--num-classes 7 does not fit .* which has 2 classes: pass --num-classes 2'),
     (['--data-dir', 'nowhere'], '--data-dir nowhere does not exist'),
@@ -127,6 +172,7 @@ def test_empty_split(config, image_folder):
 def test_test_split_with_unknown_classes(config, image_folder):
     write_images(image_folder / 'val' / 'extra', 1)
     (image_folder / 'val' / 'extra' / 'dark').rename(image_folder / 'val' / 'blue')
+    shutil.rmtree(image_folder / 'val' / 'extra')
     with pytest.raises(SystemExit, match=r"has 1 classes that .* lacks, e.g. \['blue'\]"):
         run(config)
 

@@ -11,6 +11,7 @@ from training_helpers import write_images
 
 import eval_imagenet
 import train_imagenet
+from ls_vision.analysis import pictures
 from ls_vision.data.images import StrictImageDataset, read_image
 
 
@@ -95,7 +96,8 @@ def test_exact_counts_in_training_and_evaluation(config, damaged_folder, workers
 
 
 def test_too_many_end_the_run(config, damaged_folder):
-    with pytest.raises(SystemExit, match=r'of 608 training images cannot be read, more than --max-unreadable 0\.01'):
+    with pytest.raises(SystemExit, match=r'of 608 training images cannot be read, more than --max-unreadable 0\.01 .*'
+                       r'e\.g\. .*bad\d+\.\w+: cannot be read as an image: '):
         train_imagenet.main(['--config', str(config), '--data-dir', str(damaged_folder)])
 
 
@@ -122,6 +124,8 @@ def test_evaluation_never_shows_a_neighbour(tmp_path):
     image, target = dataset[0]
     assert np.asarray(image).max() == 0 and target == -1
     assert dataset.num_unreadable == 1
+    dataset.transform = np.array
+    assert 0 < len(pictures.pick_samples(dataset, 24, seed=0)) == len(dataset) - 1  # drawn pictures neither
     replacing = StrictImageDataset(timm.data.create_dataset('', str(tmp_path / 'data')), replace=True)
     assert np.array_equal(np.asarray(replacing[0][0]), np.asarray(dataset[1][0])) and replacing[0][1] == 0
 
