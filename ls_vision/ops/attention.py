@@ -105,7 +105,7 @@ def attend(
     else:
         if window.rows == 0 or (backend is None and is_followed(query, pair, additional, bias)):
             return composite_attention(query, pair, window, additional, bias, scale, with_lse)
-        chosen = resolve(backend, query, window, torch.is_grad_enabled(), with_lse)
+        chosen = resolve(backend, query, window, additional, bias, torch.is_grad_enabled(), with_lse)
         if chosen.backward is None:
             return chosen.forward(query, pair, window, additional, bias, scale, with_lse)
         out, lse = torch.ops.ls_vision.long_short_attention(

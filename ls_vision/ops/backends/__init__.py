@@ -44,8 +44,18 @@ BACKENDS: Dict[str, Backend] = {backend.name: backend for backend in (
 )}
 
 
-def resolve(name: Optional[str], query: Tensor, window: Window, with_grad: bool, with_lse: bool) -> Backend:
+def resolve(
+        name: Optional[str],
+        query: Tensor,
+        window: Window,
+        additional: Optional[Tensor],
+        bias: Optional[Tensor],
+        with_grad: bool,
+        with_lse: bool,
+) -> Backend:
     """The backend of that name; by default the one in the environment, else Triton's kernels on a GPU, else `blocked`.
+
+    As the default, Triton's kernels are first tried on a small problem of the same kind.
 
     Raises:
         ValueError: The named backend does not exist, or can't run here; says why.
@@ -58,5 +68,11 @@ def resolve(name: Optional[str], query: Tensor, window: Window, with_grad: bool,
             if reason is not None:
                 raise ValueError(f"{source} is {asked!r}, which can't run here: {reason}. Use 'blocked'.")
             return BACKENDS[asked]
-    use_triton = query.is_cuda and triton.why_not(query, window, with_grad, with_lse) is None
-    return BACKENDS['triton' if use_triton else 'blocked']
+    if _prefers_triton(query) and triton.why_not(query, window, with_grad, with_lse) is None:
+        if triton.failure(query, window, additional, bias) is None:
+            return BACKENDS['triton']
+    return BACKENDS['blocked']
+
+
+def _prefers_triton(query: Tensor) -> bool:
+    return query.is_cuda

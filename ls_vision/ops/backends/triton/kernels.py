@@ -26,6 +26,9 @@ import triton.language as tl
 # numpy has no bfloat16, so dots of the interpreter run in float32, on operands that were rounded to bfloat16
 _INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
 _LOG2E = tl.constexpr(1.4426950408889634)
+# One compiled kernel serves images of all sizes. Strides stay specialised: vectors are loaded where 16 divides them.
+_SIZES = ['B', 'H', 'W', 'tiles_y', 'tiles_x', 'splits', 'chunk', 'groups']
+_STATISTICS = ['peak_ptr', 'log_total_ptr']  # halves of a tensor: where the second begins depends on the size
 
 
 @triton.jit
@@ -196,7 +199,7 @@ def _weights(logits, peak, log_total):
     return tl.exp2(tl.fma(logits, _LOG2E, -(peak * _LOG2E)) - log_total * _LOG2E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_STATISTICS)
 def forward_kernel(
         q_ptr, k_ptr, v_ptr, ak_ptr, av_ptr, bias_ptr, out_ptr, peak_ptr, log_total_ptr,
         q_b, q_y, q_x, q_h, k_b, k_y, k_x, k_h, v_b, v_y, v_x, v_h,
@@ -264,7 +267,7 @@ def _accumulate_query_gradient(logits, k, v, dout, peak, log_total, delta, scale
     return _dot(dlogits.to(k.dtype), k, dq, PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_STATISTICS)
 def query_gradient_kernel(
         q_ptr, k_ptr, v_ptr, ak_ptr, av_ptr, bias_ptr, out_ptr, peak_ptr, log_total_ptr, dout_ptr, delta_ptr,
         dq_ptr,
@@ -354,7 +357,7 @@ def _accumulate_key_gradient(logits, q, v, dout, peak, log_total, delta, scale, 
     return _dot(dlogits.to(q.dtype), q, dk, PRECISION), dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_STATISTICS)
 def key_gradient_kernel(
         q_ptr, k_ptr, v_ptr, bias_ptr, peak_ptr, log_total_ptr, dout_ptr, delta_ptr, dk_ptr, dv_ptr,
         q_b, q_y, q_x, q_h, k_b, k_y, k_x, k_h, v_b, v_y, v_x, v_h,
@@ -448,7 +451,7 @@ def key_gradient_kernel(
     _store_rows(dv_ptr + token, token_offset, dv, k_valid, HEAD_DIM, D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_STATISTICS)
 def additional_gradient_kernel(
         q_ptr, ak_ptr, av_ptr, peak_ptr, log_total_ptr, dout_ptr, delta_ptr, dak_ptr, dav_ptr,
         q_b, q_y, q_x, q_h, ak_b, ak_m, ak_h, av_b, av_m, av_h, dout_b, dout_y, dout_x, dout_h,
@@ -484,7 +487,7 @@ def additional_gradient_kernel(
     _store_rows(dav_ptr + row * HEAD_DIM, m_index * h * HEAD_DIM, dv, m_index < M, HEAD_DIM, D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_STATISTICS)
 def bias_gradient_kernel(
         q_ptr, k_ptr, v_ptr, bias_ptr, peak_ptr, log_total_ptr, dout_ptr, delta_ptr, dbias_ptr,
         q_b, q_y, q_x, q_h, k_b, k_y, k_x, k_h, v_b, v_y, v_x, v_h,

@@ -10,8 +10,8 @@ import functools
 import importlib
 import importlib.util
 import math
-import os
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+import threading
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +19,7 @@ from torch import Tensor
 
 from ...window import Window, square_window
 from ..blocked import blocked_backward
-
-# Set to 0 to take the first of each kernel's block shapes instead of timing them on the first call of a kind.
-AUTOTUNE_ENV = 'LS_VISION_TRITON_AUTOTUNE'
+from . import tuning
 
 # Tokens on a side of a tile, unless one window is wider.
 _TILE_SIDE = 8
@@ -150,7 +148,7 @@ def tile_side(window_size: int) -> int:
 
 
 def block_shapes(kernel: str, head_dim: int, dtype: torch.dtype, capability: Tuple[int, int]) -> List[Blocks]:
-    """Block shapes to choose from, the default first."""
+    """Block shapes of a kernel that it may be launched with, the default first."""
     if dtype == torch.float32:
         table = _FLOAT32_BLOCKS
     else:
@@ -174,11 +172,35 @@ def constants(head_dim: int, window_size: int, num_additional: int, has_bias: bo
         BLOCK_M=min(block_m, 32),
         ROWS_M=min(block_m, 32 if dtype == torch.float32 else 64),
         HAS_BIAS=has_bias,
-        PRECISION='tf32' if dtype == torch.float32 and _allows_tf32() else 'ieee',
+        PRECISION='tf32' if dtype == torch.float32 and allows_tf32() else 'ieee',
     )
 
 
-def _allows_tf32() -> bool:
+class _Poison(threading.local):
+    active = False
+
+
+_poison = _Poison()
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """A block in which this thread's buffers begin as NaN, so that entries that no kernel writes are seen."""
+    _poison.active = True
+    try:
+        yield
+    finally:
+        _poison.active = False
+
+
+def _buffer(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory for a result."""
+    if _poison.active:
+        return torch.full(tuple(shape), float('nan'), dtype=dtype, device=device)
+    return torch.empty(tuple(shape), dtype=dtype, device=device)
+
+
+def allows_tf32() -> bool:
     """Whether the user allows PyTorch products of float32 in TF32; then they are allowed here.
 
     Tensor cores read the leading 19 bits of an operand, so operands are truncated, where cuBLAS rounds them.
@@ -206,8 +228,8 @@ def forward(
     """
     B, H, W, h, d = query.shape
     window_size = window.rows
-    out = torch.empty((B, H, W, h, d), dtype=query.dtype, device=query.device)
-    statistics = torch.empty((2, B, h, H, W), dtype=torch.float32, device=query.device)
+    out = _buffer((B, H, W, h, d), query.dtype, query.device)
+    statistics = _buffer((2, B, h, H, W), torch.float32, query.device)
     arguments = _arguments(query, pair, window_size, additional, bias, scale)
     arguments.update(out_ptr=out, **_statistics(statistics), **_query_table(bias, window_size, statistics))
     tiles = B * h * arguments['tiles_y'] * arguments['tiles_x']
@@ -243,8 +265,8 @@ def backward(
     window_size, margin = window.rows, window.row_margin
     side = tile_side(window_size)
     arguments = _arguments(query, pair, window_size, additional, bias, scale)
-    delta = torch.empty((B, h, H, W), dtype=torch.float32, device=query.device)
-    grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    delta = _buffer((B, h, H, W), torch.float32, query.device)
+    grad_query = _buffer(query.shape, query.dtype, query.device)
     grad_pair = grad_additional = grad_bias = None
     arguments.update(out_ptr=out.contiguous(), delta_ptr=delta, **_statistics(statistics.contiguous()))
     arguments.update(**_token_arguments('dout', _readable(grad_out, query.dtype)))
@@ -254,7 +276,7 @@ def backward(
     # fills in delta for the others, so it comes first and is never left out
     _launch('query_gradient', tiles, {**arguments, **query_table, 'dq_ptr': grad_query}, BLOCK_Q=side ** 2)
     if needs[1]:
-        grad_pair = torch.empty(pair.shape, dtype=pair.dtype, device=pair.device)
+        grad_pair = _buffer(pair.shape, pair.dtype, pair.device)
         dk, dv = grad_pair.unbind(3)
         # key tiles begin p tokens before the grid
         tiles_y, tiles_x = _ceil_div(H + margin, side), _ceil_div(W + margin, side)
@@ -282,7 +304,7 @@ def _additional_gradient(arguments: Arguments, query: Tensor, additional: Tensor
     m_blocks = _ceil_div(M, arguments['ROWS_M'])
     steps = max(_ceil_div(_ceil_div(H * W, block) * B * h * m_blocks, _REDUCTION_PROGRAMS), _REDUCTION_STEPS)
     splits = _ceil_div(H * W, steps * block)
-    sums = torch.empty((2, splits, B, M, h, d), dtype=torch.float32, device=query.device)
+    sums = _buffer((2, splits, B, M, h, d), torch.float32, query.device)
     own = dict(dak_ptr=sums[0], dav_ptr=sums[1], splits=splits, chunk=steps * block)
     _launch('additional_gradient', B * h * splits * m_blocks, {**arguments, **own})
     return sums.sum(1).permute(1, 2, 0, 3, 4).to(additional.dtype).contiguous()
@@ -299,7 +321,7 @@ def _bias_gradient(arguments: Arguments, query: Tensor, window_size: int) -> Ten
     groups = _ceil_div(tiles, steps)
     # float32 sums of a tile's queries and keys, in whole blocks
     shape = (groups, h, q_blocks * blocks.queries, k_blocks * blocks.keys)
-    dbias = torch.empty(shape, dtype=torch.float32, device=query.device)
+    dbias = _buffer(shape, torch.float32, query.device)
     _launch('bias_gradient', pairs * groups, {**arguments, 'dbias_ptr': dbias, 'groups': groups})
     return _fold_windows(dbias.sum(0)[:, :side ** 2, :(side + 2 * margin) ** 2], window_size)
 
@@ -435,16 +457,18 @@ def _launch(name: str, programs: int, arguments: Arguments, **blocked: int) -> N
     query = arguments['q_ptr']
     function = kernel(name)
     taken = {parameter: arguments[parameter] for parameter in function.arg_names if parameter in arguments}
-    blocks = _blocks(name, query)
+    shapes = _blocks(name, query)
 
-    def grid(meta: Arguments) -> Tuple[int]:
-        return (programs * math.prod(_ceil_div(size, meta[block]) for block, size in blocked.items()),)
+    def run(shape: Blocks) -> None:
+        options = compile_options(name, shape)
+        count = programs * math.prod(_ceil_div(size, options[block]) for block, size in blocked.items())
+        function[(count,)](**taken, **options, enable_fp_fusion=True)
 
+    if programs == 0:  # no images
+        return
+    kinds = [taken[x] for x in ('HEAD_DIM', 'WINDOW', 'M', 'HAS_BIAS', 'PRECISION') if x in taken]
     with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
-        if len(blocks) > 1:
-            _autotuned(name, blocks)[grid](**taken, enable_fp_fusion=True)
-        else:
-            function[grid](**taken, **compile_options(name, blocks[0]), enable_fp_fusion=True)
+        run(tuning.choose((name, query.device, query.dtype, *kinds), shapes, run))
 
 
 def compile_options(name: str, blocks: Blocks) -> Arguments:
@@ -455,26 +479,11 @@ def compile_options(name: str, blocks: Blocks) -> Arguments:
 
 
 def _blocks(name: str, query: Tensor) -> Tuple[Blocks, ...]:
-    """Block shapes to time, or the one to use."""
+    """Block shapes that a kernel may be launched with, the default first."""
     if _interpreting():
         return (_INTERPRETER_BLOCKS,)
     capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else (9, 0)
-    blocks = block_shapes(name, query.shape[-1], query.dtype, capability)
-    tune = query.is_cuda and os.environ.get(AUTOTUNE_ENV, '1') != '0'
-    return tuple(blocks) if tune else tuple(blocks[:1])
-
-
-@functools.cache
-def _autotuned(name: str, blocks: Tuple[Blocks, ...]) -> Any:
-    """The kernel with block shapes timed once for each kind of problem and data type, whatever the grid's size."""
-    triton = importlib.import_module('triton')
-    configs = []
-    for shape in blocks:
-        options = compile_options(name, shape)
-        compiled = {option: options.pop(option) for option in ('num_warps', 'num_stages', 'maxnreg')}
-        configs.append(triton.Config(options, **compiled))
-    kinds = ('HEAD_DIM', 'WINDOW', 'M', 'HAS_BIAS', 'PRECISION')
-    return triton.autotune(configs, key=[x for x in kinds if x in kernel(name).arg_names])(kernel(name))
+    return tuple(block_shapes(name, query.shape[-1], query.dtype, capability))
 
 
 @functools.cache
