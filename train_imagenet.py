@@ -45,6 +45,7 @@ from ls_vision.runtime.processes import Processes
 from ls_vision.runtime.scripts import run_script
 from ls_vision.training.checkpoint import LAST
 from ls_vision.training.config import parse_args, resolve_lr
+from ls_vision.training.data_record import describe_samples
 from ls_vision.training.engine import evaluate
 from ls_vision.training.faults import FiniteGuard
 from ls_vision.training.loaders import (
@@ -83,6 +84,7 @@ def train(args: argparse.Namespace, processes: Processes) -> dict[str, Any]:
     say(f'{args.model}: {parameters / 1e6:.2f} M parameters, {num_classes} classes, input {data_config["input_size"]}')
     updates_per_epoch = -(-len(train_loader) // args.grad_accum_steps)
     state = build_state(args, model, updates_per_epoch, processes)
+    state.class_names, state.data = datasets.class_names, describe_samples(datasets.train)
     output = output_folder(args, data_config)
     run = TrainingRun(args, state, train_loader, output, watch)
     run.resume()
@@ -148,7 +150,7 @@ def build_state(
         task.prepare_distributed(device_ids=processes.device_ids)
     scaler = torch.amp.GradScaler(processes.device.type, enabled=args.amp and args.amp_dtype == 'float16')
     guard = FiniteGuard(args.max_nonfinite, f'try a lower --lr than {args.lr:g}, or --clip-grad 1')
-    return TrainingState(task, optimizer, scheduler, scaler, guard, processes, num_epochs)
+    return TrainingState(task, optimizer, scheduler, scaler, guard, processes, num_epochs, updates_per_epoch)
 
 
 def output_folder(args: argparse.Namespace, data_config: dict[str, Any]) -> Path:

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: a run finishes its step, saves and exits."""
+"""SIGTERM, SIGHUP of a closed terminal, and Ctrl-C: a run finishes its step, saves and exits."""
 import signal
 from types import FrameType, TracebackType
 
@@ -9,13 +9,15 @@ class StopRequest:
     Use it as a context manager and read `signal_number` between steps. By convention the exit code is 128 more.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if hasattr(signal, 'SIGHUP') else []))
 
     def __init__(self) -> None:
         self.signal_number = 0  # no signal so far
 
     def __enter__(self) -> 'StopRequest':
-        self._previous = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
+        self._previous = {
+            number: signal.signal(number, self._handle) for number in self.SIGNALS
+            if number in (signal.SIGTERM, signal.SIGINT) or signal.getsignal(number) != signal.SIG_IGN}  # nohup
         return self
 
     def __exit__(

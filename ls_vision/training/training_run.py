@@ -14,6 +14,7 @@ from ..runtime.signals import StopRequest
 from .checkpoint import LAST, load_latest, save_checkpoint
 from .engine import BatchSource, Stopped, train_one_epoch
 from .metrics import MetricLog
+from .resume import restore
 from .state import TrainingState
 
 Metrics = dict[str, float]
@@ -54,15 +55,13 @@ class TrainingRun:
             say(f'{self.output} holds no checkpoint yet: the run starts from the beginning')
             return
         path = str(self.output / LAST) if args.resume == 'auto' else args.resume
-        unreadable = self.state.load(checkpoint, args, path)
-        if len(unreadable):
-            self.loader.dataset.mark_unreadable(unreadable)
-        changed = [
-            f'{name} {old!r} -> {getattr(args, name)!r}' for name, old in checkpoint['args'].items()
-            if name != 'resume' and getattr(args, name, old) != old]
+        notes = restore(self.state, checkpoint, args, path)
+        if len(self.state.unreadable):
+            self.loader.dataset.mark_unreadable(self.state.unreadable)
         progress = self.state.progress
-        say(f'Resuming from {path}: epoch {progress.epoch + 1}, batch {progress.batch}, update {progress.num_updates}'
-            + (f'; changed arguments: {", ".join(changed)}' if changed else ''))
+        say(f'Resuming from {path}: epoch {progress.epoch + 1}, batch {progress.batch}, update {progress.num_updates}')
+        for note in notes:
+            say(f'  {note}')
 
     def train(self, evaluate: Callable[[StopRequest], Metrics], describe: Callable[[Metrics], str]) -> None:
         """Train the remaining epochs, and evaluate, log and save after each.

@@ -96,6 +96,29 @@ def test_interrupted_and_resumed_equals_unbroken(config, tmp_path, workers):
     assert_same_run(tmp_path / 'output' / 'unbroken', folder)
 
 
+def test_resumed_with_other_settings_and_fewer_images(config, tmp_path, capsys):
+    run(config, '--epochs', '1')
+    path = tmp_path / 'train' / 'annotations.json'
+    content = json.loads(path.read_text())
+    dropped = content['images'].pop()['id']
+    content['annotations'] = [a for a in content['annotations'] if a['image_id'] != dropped]
+    path.write_text(json.dumps(content))
+    run(config, '--epochs', '2', '--lr', '4e-3', '--sched', 'constant', '--resume', 'auto')
+    text = capsys.readouterr().out
+    assert 'used from here on: ' in text and 'lr 0.002 -> 0.004' in text
+    assert 'the training data have changed: 6 -> 5 samples' in text
+    checkpoint = load_checkpoint(tmp_path / 'output' / 'run' / 'last.pth.tar')
+    assert {group['lr'] for group in checkpoint['optimizer']['param_groups']} == {4e-3}
+    assert checkpoint['class_names'] == ['square', 'bar']
+
+    content['categories'][0]['name'] = 'disc'
+    for folder in ('train', 'val'):
+        other = json.loads((tmp_path / folder / 'annotations.json').read_text())
+        (tmp_path / folder / 'annotations.json').write_text(json.dumps({**other, 'categories': content['categories']}))
+    with pytest.raises(SystemExit, match='trained on 2 classes .*: missing square; new disc'):
+        run(config, '--epochs', '3', '--resume', 'auto')
+
+
 def test_two_processes(config, tmp_path):
     launcher = ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2')
     process = start(config, '--batch-size', '1', launcher=launcher)

@@ -15,3 +15,15 @@ def test_stop_request():
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_closed_terminal_stops_a_run_unless_nohup_started_it():
+    for before, expected in ((signal.SIG_DFL, signal.SIGHUP), (signal.SIG_IGN, 0)):
+        original = signal.signal(signal.SIGHUP, before)
+        try:
+            with StopRequest() as stop:
+                os.kill(os.getpid(), signal.SIGHUP)
+                assert stop.signal_number == expected
+            assert signal.getsignal(signal.SIGHUP) == before
+        finally:
+            signal.signal(signal.SIGHUP, original)
