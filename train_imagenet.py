@@ -73,7 +73,10 @@ def train(args: argparse.Namespace, processes: Processes) -> dict[str, Any]:
     datasets = create_datasets(args)
     num_classes = resolve_num_classes(args, datasets)
     model = build_model(args, num_classes, processes)
-    data_config = resolve_input_data_config(model, args=vars(args))
+    try:
+        data_config = resolve_input_data_config(model, args=vars(args))
+    except ValueError as e:
+        raise UserError(f'--img-size, --mean or --std: {first_line(e)}') from e
     train_loader, val_loader = create_loaders(args, datasets, data_config, num_classes, processes)
     if args.dry_run_loader:
         return dict(

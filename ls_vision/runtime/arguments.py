@@ -3,6 +3,7 @@
 A name or value that is not known is an error that says what would be accepted.
 """
 import argparse
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,19 @@ from timm.utils import ParseKwargs
 from .errors import UserError
 from .files import write_text
 from .spelling import did_you_mean
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads 1e-8 as a number, as YAML 1.2 does; PyYAML's YAML 1.1 wants 1.0e-8 and takes the rest for text."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts text that looks like such a number into quotes."""
+
+
+_EXPONENTIAL = re.compile(r'[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$')
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver('tag:yaml.org,2002:float', _EXPONENTIAL, list('-+.0123456789'))
 
 
 def create_config_parser() -> argparse.ArgumentParser:
@@ -44,7 +58,7 @@ def parse_strictly(parser: argparse.ArgumentParser, argv: Sequence[str] | None) 
 def read_config(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
     """Read a YAML file of arguments and check its names and types against the parser's."""
     try:
-        config = yaml.safe_load(Path(path).read_text(encoding='utf-8'))
+        config = yaml.load(Path(path).read_text(encoding='utf-8'), _Loader)
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f'--config {path} cannot be read: {e}') from e
     except yaml.YAMLError as e:
@@ -62,7 +76,7 @@ def read_config(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
 
 def save_args(args: argparse.Namespace, path: Path) -> None:
     """Write the arguments as a file that `--config` reads back."""
-    write_text(path, yaml.safe_dump(vars(args), sort_keys=False, allow_unicode=True))
+    write_text(path, yaml.dump(vars(args), Dumper=_Dumper, sort_keys=False, allow_unicode=True))
 
 
 def _check_type(path: str, action: argparse.Action, value: Any) -> None:

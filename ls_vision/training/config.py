@@ -43,6 +43,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def check_optimizer_args(args: argparse.Namespace) -> None:
+    """Refuse what would override an argument of its own."""
+    for name in ('lr', 'weight_decay'):
+        if name in args.opt_kwargs:
+            raise UserError(f'--opt-kwargs {name}={args.opt_kwargs[name]}: pass --{name.replace("_", "-")}')
+
+
 def resolve_lr(args: argparse.Namespace, world_size: int) -> float:
     """The peak learning rate: --lr, or --lr-base scaled to the images of an update, by timm's rule."""
     if args.lr is not None:
@@ -188,8 +195,11 @@ def _check_args(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not value >= 0:  # also refuses nan
             raise UserError(f'--{name.replace("_", "-")} {value}: must be 0 or more')
+    check_optimizer_args(args)
     if args.resume == 'auto' and not args.experiment:
         raise UserError('--resume auto: pass the --experiment whose last checkpoint is meant')
+    if (args.mixup > 0 or args.cutmix > 0) and args.batch_size % 2:
+        raise UserError(f'--batch-size {args.batch_size}: must be even, since --mixup and --cutmix mix pairs of images')
     starts = [name for name in ('pretrained', 'pretrained_path', 'initial_checkpoint') if getattr(args, name)]
     if len(starts) > 1:
         raise UserError(f'{" and ".join("--" + name.replace("_", "-") for name in starts)}: choose one')

@@ -21,6 +21,8 @@ from ..runtime.processes import Processes
 from ..runtime.randomness import derive_seed
 from .sampling import ResumableBatchSampler, create_resumable_loader
 
+IMAGE_MODES = {1: 'L', 3: 'RGB'}  # by the model's channels
+
 
 @dataclass
 class Datasets:
@@ -49,6 +51,20 @@ def create_datasets(args: argparse.Namespace) -> Datasets:
     # Numbered on its own, an evaluation split that lacks a class would number the others wrongly.
     val = _open(args, args.val_split, val_dir, class_map=classes)
     return Datasets(_strict(train, replace=True), _strict(val, replace=False), _class_names(train))
+
+
+def image_mode(args: argparse.Namespace) -> str:
+    """Pillow's name of the colour mode that a model of `--model-kwargs in_chans` takes.
+
+    Raises:
+        UserError: There is none.
+    """
+    channels = args.model_kwargs.get('in_chans', 3)
+    if channels not in IMAGE_MODES:
+        raise UserError(
+            f'--model-kwargs in_chans={channels}: images are read with 3 channels (RGB) or with 1 (grey); a model of '
+            'more takes tensors of your own, in Python')
+    return IMAGE_MODES[channels]
 
 
 def resolve_num_classes(args: argparse.Namespace, datasets: Datasets) -> int:
@@ -124,6 +140,8 @@ def create_loaders(
         raise UserError(
             f'--batch-size {args.batch_size}{f" of {processes.world_size} processes" * (processes.world_size > 1)} '
             f'exceeds the {len(datasets.train)} training images of {args.data_dir or args.dataset}')
+    if args.aug_repeats and isinstance(datasets.train, IterableDataset):
+        raise UserError(f'--aug-repeats {args.aug_repeats:g}: a stream of shards gives every image once')
     mixup = _create_mixup(args, num_classes)
     train_loader = create_loader(
         datasets.train,
@@ -201,6 +219,7 @@ def _open(args: argparse.Namespace, split: str, folder: Path | None = None, clas
             split=split,
             search_split=folder is None,
             class_map=class_map or args.class_map,
+            input_img_mode=image_mode(args),
             is_training=is_training,
             batch_size=args.batch_size,
             seed=args.seed,
