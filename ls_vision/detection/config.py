@@ -2,9 +2,7 @@
 import argparse
 from collections.abc import Sequence
 
-from timm.utils import ParseKwargs
-
-from ..runtime.arguments import create_config_parser, parse_with_config
+from ..runtime.arguments import KeyValues, create_config_parser, parse_with_config
 from ..runtime.devices import check_device
 from ..runtime.errors import UserError
 from ..training.config import add_optimizer_args, add_run_args, check_optimizer_args
@@ -49,8 +47,8 @@ def _add_data_args(group: argparse._ArgumentGroup) -> None:
 def _add_model_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument('--detector', default='retinanet', choices=tuple(DETECTORS), help='detector of torchvision')
     group.add_argument('--model', default='vil_ls_small_linear', help='timm model name of the backbone')
-    group.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, help='its arguments, k=v')
-    group.add_argument('--detector-kwargs', nargs='*', default={}, action=ParseKwargs, help="the detector's, k=v")
+    group.add_argument('--model-kwargs', nargs='*', default={}, action=KeyValues, help='its arguments, k=v')
+    group.add_argument('--detector-kwargs', nargs='*', default={}, action=KeyValues, help="the detector's, k=v")
     group.add_argument('--strides', type=int, nargs='+', help="strides of the pyramid; the detector's own if not set")
     group.add_argument('--out-channels', type=int, default=256, help='width of pyramid and heads')
     group.add_argument('--trainable-stages', type=int, help='last stages of the backbone to train; all if not set')

@@ -3,13 +3,14 @@
 A name or value that is not known is an error that says what would be accepted.
 """
 import argparse
+import ast
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from timm.utils import ParseKwargs
 
 from .errors import UserError
 from .files import write_text
@@ -27,6 +28,46 @@ class _Dumper(yaml.SafeDumper):
 _EXPONENTIAL = re.compile(r'[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$')
 for _kind in (_Loader, _Dumper):
     _kind.add_implicit_resolver('tag:yaml.org,2002:float', _EXPONENTIAL, list('-+.0123456789'))
+
+
+class KeyValues(argparse.Action):
+    """Reads NAME=VALUE ... as a dict. A value is a Python literal, true or false, or else text."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        found = {}
+        for text in filter(None, values):
+            name, equals, value = text.partition('=')
+            if not equals or not name:
+                parser.error(f'argument {option_string}: {text!r} is not NAME=VALUE')
+            found[name] = _literal(value)
+        setattr(namespace, self.dest, found)
+
+
+def _literal(text: str) -> Any:
+    if text.lower() in ('true', 'false'):
+        return text.lower() == 'true'
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def positive_int(text: str) -> int:
+    """The value of an argument that must be 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'{text!r}: expected a whole number of 1 or more')
+    return int(text)
+
+
+def positive_number(text: str) -> float:
+    """The value of an argument that must be above 0 and finite."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f'{text!r}: expected a number above 0')
+    return value
 
 
 def create_config_parser() -> argparse.ArgumentParser:
@@ -85,7 +126,7 @@ def _check_type(path: str, action: argparse.Action, value: Any) -> None:
         return
     if isinstance(action, argparse._StoreTrueAction):
         ok, expected = isinstance(value, bool), 'true or false'
-    elif isinstance(action, ParseKwargs):
+    elif isinstance(action, KeyValues):
         ok, expected = isinstance(value, dict), '`name: value` lines'
     elif action.nargs in ('+', 2):
         ok, expected = isinstance(value, list) and all(_is_number(v) for v in value), 'a list of numbers'

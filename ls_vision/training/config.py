@@ -6,9 +6,8 @@ import argparse
 from collections.abc import Sequence
 
 import torch
-from timm.utils import ParseKwargs
 
-from ..runtime.arguments import create_config_parser, parse_with_config
+from ..runtime.arguments import KeyValues, create_config_parser, parse_with_config
 from ..runtime.devices import check_device
 from ..runtime.errors import UserError
 
@@ -85,7 +84,7 @@ def _add_data_args(group: argparse._ArgumentGroup) -> None:
 
 def _add_model_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument('--model', default='vil_ls_tiny', help='timm model name')
-    group.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, help='constructor arguments, k=v')
+    group.add_argument('--model-kwargs', nargs='*', default={}, action=KeyValues, help='constructor arguments, k=v')
     group.add_argument('--num-classes', type=int, help="classes; the dataset's if not set")
     group.add_argument('--pretrained', action='store_true', help='start from the published weights')
     group.add_argument('--pretrained-path', default='', metavar='PATH',
@@ -110,7 +109,7 @@ def add_optimizer_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument('--opt', default='sgd', help='timm optimiser name')
     group.add_argument('--opt-eps', type=float, help="epsilon; the optimiser's own if not set")
     group.add_argument('--opt-betas', type=float, nargs='+', help="betas; the optimiser's own if not set")
-    group.add_argument('--opt-kwargs', nargs='*', default={}, action=ParseKwargs,
+    group.add_argument('--opt-kwargs', nargs='*', default={}, action=KeyValues,
                        help="the optimiser's other arguments, k=v, e.g. fused=True")
     group.add_argument('--momentum', type=float, default=0.9, help='momentum')
     group.add_argument('--weight-decay', type=float, default=2e-5, help='weight decay')

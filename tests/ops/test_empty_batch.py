@@ -82,8 +82,8 @@ def test_layers(make, fused, amp):
     assert all(p.grad is not None and not p.grad.any() for p in layer.parameters())
 
 
-@pytest.mark.parametrize('name', ['vil_ls_tiny', 'vil_ls_tiny_linear', 'resnet18', 'vit_tiny_patch16_224'])
-def test_models_as_timms(name):
+@pytest.mark.parametrize('name', ['vil_ls_tiny', 'resnet18'])
+def test_model_as_timms(name):
     kwargs = TOY if name.startswith('vil') else dict(num_classes=3)
     model = timm.create_model(name, **kwargs)
     x = torch.randn(0, 3, 224, 224)
