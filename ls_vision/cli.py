@@ -8,7 +8,7 @@ from typing import Optional
 from ls_vision import export
 from ls_vision.analysis.commands import attention, bench, flops, models, scale
 from ls_vision.runtime.errors import UserError
-from ls_vision.runtime.streams import print_any_text, silence
+from ls_vision.runtime.streams import prepare_streams, silence
 
 # None imports torch before it runs, so that help and errors of arguments come at once.
 # Each is a module with `add_arguments(parser)` and `run(args)`; its docstring is the help, with examples.
@@ -17,7 +17,7 @@ COMMANDS = dict(models=models, flops=flops, bench=bench, scale=scale, attention=
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Runs a subcommand; exits with 2 for wrong input and with 130 if interrupted."""
-    print_any_text()
+    prepare_streams()
     args = parse_args(argv)
     try:
         import ls_vision.models  # noqa: F401  (registers the models)

@@ -73,12 +73,15 @@ def run(args: argparse.Namespace) -> None:
     except ImportError:
         raise UserError("ONNX export needs more packages: pip install 'ls_vision[onnx]'") from None
 
+    import torch
+
     from ls_vision.analysis import zoo
 
     size: List[int] = args.img_size * 2 if len(args.img_size) == 1 else args.img_size
     width = {} if args.num_classes is None else dict(num_classes=args.num_classes)
     model = zoo.load(args.model, args.checkpoint, {**args.model_kwargs, **width})
     try:
+        model(torch.zeros(1, model_channels(model), *size))  # the exporter's errors name symbols, not sizes
         export_onnx(model, out, (size[0], size[1]))
     except UserError:
         raise

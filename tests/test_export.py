@@ -62,7 +62,7 @@ def test_command(tmp_path):
     (['vil_ls_tiny', '--out', 'DIR/nowhere/model.onnx'], 'there is no folder .*nowhere'),
     (['vil_ls_tiny', '--out', 'DIR'], 'is a folder; name a file'),
     (['vil_ls_tiny', '--out', 'DIR/m.onnx', '--checkpoint', 'DIR/none.pth'], 'none.pth: no such file'),
-    (['vil_ls_tiny', '--out', 'DIR/m.onnx', '--checkpoint', 'DIR/bad.pth'], 'bad.pth was refused'),
+    (['vil_ls_tiny', '--out', 'DIR/m.onnx', '--checkpoint', 'DIR/bad.pth'], 'bad.pth is damaged or not a checkpoint'),
     (['vil_ls_tiny', '--out', 'DIR/bad.pth', '--checkpoint', 'DIR/bad.pth'], 'is the checkpoint itself'),
     (['vil_ls_tiny', '--out', 'DIR/m.onnx', '--checkpoint', 'DIR/toy.pth'], 'toy.pth does not fit LongShortViL'),
     (['vil_ls_tiny', '--out', 'DIR/m.onnx', '--img-size', '1', '2', '3'], 'expected a side, or height and width'),

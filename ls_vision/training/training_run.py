@@ -9,6 +9,7 @@ import torch
 from ..runtime.archives import load_checkpoint
 from ..runtime.arguments import save_args
 from ..runtime.errors import UserError
+from ..runtime.locks import hold_folder
 from ..runtime.logs import Stopwatch, say
 from ..runtime.signals import StopRequest
 from .checkpoint import LAST, load_latest, save_checkpoint
@@ -66,13 +67,35 @@ class TrainingRun:
     def train(self, evaluate: Callable[[StopRequest], Metrics], describe: Callable[[Metrics], str]) -> None:
         """Train the remaining epochs, and evaluate, log and save after each.
 
-        On SIGTERM or Ctrl-C it saves and exits.
+        On SIGTERM, SIGHUP or Ctrl-C it saves and exits.
 
         Args:
             evaluate: Metrics of the state after an epoch; empty where it is not evaluated.
             describe: Those metrics as text.
+
+        Raises:
+            UserError: The run's folder cannot be written, or another run writes into it.
         """
-        log = self._open_log() if self.state.processes.is_primary else None
+        if not self.state.processes.is_primary:
+            self._train(evaluate, describe, None)
+            return
+        try:
+            self.output.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise UserError(f'--output {self.args.output}: cannot be written: {e}') from e
+        with hold_folder(self.output):
+            log = self._open_log()
+            try:
+                self._train(evaluate, describe, log)
+            finally:
+                log.close()
+
+    def _train(
+            self,
+            evaluate: Callable[[StopRequest], Metrics],
+            describe: Callable[[Metrics], str],
+            log: MetricLog | None,
+    ) -> None:
         try:
             with StopRequest() as stop:
                 while self.state.progress.epoch < self.state.num_epochs:
@@ -82,9 +105,6 @@ class TrainingRun:
             say(f'Stopped by signal {e.signal_number} after update {self.state.progress.num_updates}; saved '
                 f'{self.output / LAST}, continue with --resume auto')
             sys.exit(128 + e.signal_number)
-        finally:
-            if log is not None:
-                log.close()
 
     def save(self, is_best: bool = False) -> None:
         """Write the checkpoint. Every process must call it; the first one writes."""
@@ -94,11 +114,7 @@ class TrainingRun:
 
     def _open_log(self) -> MetricLog:
         args, progress = self.args, self.state.progress
-        try:
-            self.output.mkdir(parents=True, exist_ok=True)
-            save_args(args, self.output / 'args.yaml')
-        except OSError as e:
-            raise UserError(f'--output {args.output}: cannot be written: {e}') from e
+        save_args(args, self.output / 'args.yaml')
         wandb = dict(project=args.wandb_project, name=self.output.name, config=vars(args)) if args.log_wandb else None
         return MetricLog(self.output, progress.epoch, progress.num_updates, args.log_tensorboard, wandb)
 
