@@ -103,7 +103,7 @@ def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
             args.grad_checkpointing, args.min_size, args.max_size, args.max_dets,
             backbone_kwargs=dict(pretrained=args.pretrained, drop_path_rate=args.drop_path, **args.model_kwargs),
             **args.detector_kwargs)
-    except (TypeError, ValueError, RuntimeError) as e:
+    except (AttributeError, OSError, TypeError, ValueError, RuntimeError) as e:
         raise UserError(f'{args.detector} on {args.model} cannot be built: {first_line(e)}') from e
     if args.initial_backbone:
         # a classifier's checkpoint, whose head and last norm are not needed

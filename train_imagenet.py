@@ -36,6 +36,7 @@ from timm.task import ClassificationTask
 from torch import nn
 
 from ls_vision.analysis import pictures
+from ls_vision.analysis.zoo import check_model
 from ls_vision.evaluation.classifier import create_classifier
 from ls_vision.models._checkpoint import load_weights
 from ls_vision.runtime import randomness
@@ -110,6 +111,7 @@ def train(args: argparse.Namespace, processes: Processes) -> dict[str, Any]:
 
 def build_model(args: argparse.Namespace, num_classes: int, processes: Processes) -> nn.Module:
     """The model with its initial weights."""
+    check_model(args.model)
     model = create_classifier(args, num_classes, drop_rate=args.drop, drop_path_rate=args.drop_path)
     if args.grad_checkpointing:
         model.set_grad_checkpointing(enable=True)  # type: ignore[operator]

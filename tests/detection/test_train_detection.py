@@ -218,6 +218,7 @@ def test_bad_annotations_stop_the_run_before_training(config, tmp_path, capsys):
 @pytest.mark.parametrize(('extra', 'message'), [
     (('--train-annotations', 'nowhere.json'), 'nowhere.json do not exist'),
     (('--model', 'vil_ls_tinny'), 'cannot be built'),
+    (('--model', 'local-dir:nowhere'), 'cannot be built: Config file not found: nowhere'),
     (('--crop-scale', '2', '1'), '--crop-scale'),
     (('--max-size', '99'), '--max-size 99: images are resized only with --min-size'),
     (('--model-kwargs', 'in_chans=1'), '--model-kwargs in_chans=1: images are read as RGB'),

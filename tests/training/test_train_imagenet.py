@@ -167,3 +167,11 @@ def test_grey_images(config, image_folder, capsys):
         train_imagenet.main([*argv, '--model-kwargs', *kwargs, 'in_chans=4'])
     with pytest.raises(SystemExit, match='--mean or --std: mean must have one value or 3 values'):
         train_imagenet.main([*argv, '--mean', '.5', '.5'])
+
+
+@pytest.mark.parametrize(('name', 'message'), [
+    ('local-dir:nowhere', 'Config file not found: nowhere'), ('vil_ls_tiny.wrong', "unknown tag 'wrong' of model"),
+    ('foo:bar', "Unknown model source 'foo'")])
+def test_model_that_is_nowhere(config, name, message):
+    with pytest.raises(SystemExit, match=f'error: .*{message}'):
+        run(config, '--model', name, '--model-kwargs')
