@@ -1,6 +1,7 @@
 """A signal asks a run to stop; a second Ctrl-C stops it at once."""
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -27,3 +28,9 @@ def test_closed_terminal_stops_a_run_unless_nohup_started_it():
             assert signal.getsignal(signal.SIGHUP) == before
         finally:
             signal.signal(signal.SIGHUP, original)
+
+
+def test_thread_that_trains():
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(lambda: StopRequest().__enter__().__exit__(None, None, None)).result() is None
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
