@@ -26,6 +26,11 @@ def test_model_kwargs_come_from_either(tmp_path):
     assert given.model_kwargs == dict(rank=4, depths=(1, 2))
 
 
+def test_false_on_the_command_line_is_not_true(tmp_path):
+    args = parse_args(['--config', write(tmp_path, ''), '--model-kwargs', 'a=false', 'b=True', 'c=x', 'd=(1,2)', 'e=x=y'])
+    assert args.model_kwargs == dict(a=False, b=True, c='x', d=(1, 2), e='x=y')
+
+
 def test_numbers_that_yaml_reads_as_text(tmp_path):
     assert parse_args(['--config', write(tmp_path, 'weight_decay: 5e-4')]).weight_decay == 5e-4
 
