@@ -27,7 +27,8 @@ def test_model_kwargs_come_from_either(tmp_path):
 
 
 def test_false_on_the_command_line_is_not_true(tmp_path):
-    args = parse_args(['--config', write(tmp_path, ''), '--model-kwargs', 'a=false', 'b=True', 'c=x', 'd=(1,2)', 'e=x=y'])
+    config = write(tmp_path, '')
+    args = parse_args(['--config', config, '--model-kwargs', 'a=false', 'b=True', 'c=x', 'd=(1,2)', 'e=x=y'])
     assert args.model_kwargs == dict(a=False, b=True, c='x', d=(1, 2), e='x=y')
 
 
