@@ -41,6 +41,7 @@ from ls_vision.runtime.processes import Processes
 from ls_vision.runtime.scripts import run_script
 from ls_vision.training.checkpoint import BEST, LAST
 from ls_vision.training.config import resolve_lr
+from ls_vision.training.data_record import describe_annotations
 from ls_vision.training.faults import FiniteGuard
 from ls_vision.training.loaders import measure_loader
 from ls_vision.training.state import TrainingState
@@ -63,6 +64,7 @@ def train(args: argparse.Namespace, processes: Processes) -> dict[str, Any]:
         return dict(training=measure_loader('training', loader.read(epoch=0)))
     model = build_model(args, len(train_set.class_names)).to(processes.device)
     state = build_state(args, model, processes, updates_per_epoch=-(-len(loader) // args.grad_accum_steps))
+    state.class_names, state.data = train_set.class_names, describe_annotations(train_set)
     output = Path(args.output or 'output/detection') / (
         args.experiment or f'{time.strftime("%Y%m%d-%H%M%S")}-{args.detector}-{args.model}')
     run = TrainingRun(args, state, loader, output, watch)
@@ -108,7 +110,7 @@ def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
             args.grad_checkpointing, args.min_size, args.max_size, args.max_dets,
             backbone_kwargs=dict(pretrained=args.pretrained, drop_path_rate=args.drop_path, **args.model_kwargs),
             **args.detector_kwargs)
-    except (TypeError, ValueError, RuntimeError) as e:
+    except (AttributeError, OSError, TypeError, ValueError, RuntimeError) as e:
         raise UserError(f'{args.detector} on {args.model} cannot be built: {first_line(e)}') from e
     if args.initial_backbone:
         # a classifier's checkpoint, whose head and last norm are not needed
@@ -153,7 +155,8 @@ def build_state(
         task.prepare_distributed(processes.device_ids)
     scaler = torch.amp.GradScaler(processes.device.type, enabled=args.amp and args.amp_dtype == 'float16')
     guard = FiniteGuard(args.max_nonfinite, f'try a lower --lr than {args.lr:g}, or --clip-grad 1')
-    return TrainingState(task, optimizer, scheduler, scaler, guard, processes, num_epochs, metric='AP')
+    return TrainingState(
+        task, optimizer, scheduler, scaler, guard, processes, num_epochs, updates_per_epoch, metric='AP')
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float | None) -> list[dict[str, Any]]:

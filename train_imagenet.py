@@ -36,6 +36,7 @@ from timm.task import ClassificationTask
 from torch import nn
 
 from ls_vision.analysis import pictures
+from ls_vision.analysis.zoo import check_model
 from ls_vision.evaluation.classifier import create_classifier
 from ls_vision.models._checkpoint import load_weights
 from ls_vision.runtime import randomness
@@ -45,6 +46,7 @@ from ls_vision.runtime.processes import Processes
 from ls_vision.runtime.scripts import run_script
 from ls_vision.training.checkpoint import LAST
 from ls_vision.training.config import parse_args, resolve_lr
+from ls_vision.training.data_record import describe_samples
 from ls_vision.training.engine import evaluate
 from ls_vision.training.faults import FiniteGuard
 from ls_vision.training.loaders import (
@@ -72,7 +74,10 @@ def train(args: argparse.Namespace, processes: Processes) -> dict[str, Any]:
     datasets = create_datasets(args)
     num_classes = resolve_num_classes(args, datasets)
     model = build_model(args, num_classes, processes)
-    data_config = resolve_input_data_config(model, args=vars(args))
+    try:
+        data_config = resolve_input_data_config(model, args=vars(args))
+    except ValueError as e:
+        raise UserError(f'--img-size, --mean or --std: {first_line(e)}') from e
     train_loader, val_loader = create_loaders(args, datasets, data_config, num_classes, processes)
     if args.dry_run_loader:
         return dict(
@@ -83,6 +88,7 @@ def train(args: argparse.Namespace, processes: Processes) -> dict[str, Any]:
     say(f'{args.model}: {parameters / 1e6:.2f} M parameters, {num_classes} classes, input {data_config["input_size"]}')
     updates_per_epoch = -(-len(train_loader) // args.grad_accum_steps)
     state = build_state(args, model, updates_per_epoch, processes)
+    state.class_names, state.data = datasets.class_names, describe_samples(datasets.train)
     output = output_folder(args, data_config)
     run = TrainingRun(args, state, train_loader, output, watch)
     run.resume()
@@ -105,6 +111,7 @@ def train(args: argparse.Namespace, processes: Processes) -> dict[str, Any]:
 
 def build_model(args: argparse.Namespace, num_classes: int, processes: Processes) -> nn.Module:
     """The model with its initial weights."""
+    check_model(args.model)
     model = create_classifier(args, num_classes, drop_rate=args.drop, drop_path_rate=args.drop_path)
     if args.grad_checkpointing:
         model.set_grad_checkpointing(enable=True)  # type: ignore[operator]
@@ -148,7 +155,7 @@ def build_state(
         task.prepare_distributed(device_ids=processes.device_ids)
     scaler = torch.amp.GradScaler(processes.device.type, enabled=args.amp and args.amp_dtype == 'float16')
     guard = FiniteGuard(args.max_nonfinite, f'try a lower --lr than {args.lr:g}, or --clip-grad 1')
-    return TrainingState(task, optimizer, scheduler, scaler, guard, processes, num_epochs)
+    return TrainingState(task, optimizer, scheduler, scaler, guard, processes, num_epochs, updates_per_epoch)
 
 
 def output_folder(args: argparse.Namespace, data_config: dict[str, Any]) -> Path:

@@ -1,5 +1,6 @@
 """The command `ls-vision`: lists models, measures their cost over image sizes, and draws their attention."""
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Optional
@@ -7,19 +8,28 @@ from typing import Optional
 from ls_vision import export
 from ls_vision.analysis.commands import attention, bench, flops, models, scale
 from ls_vision.runtime.errors import UserError
+from ls_vision.runtime.streams import prepare_streams, silence
 
+# None imports torch before it runs, so that help and errors of arguments come at once.
 # Each is a module with `add_arguments(parser)` and `run(args)`; its docstring is the help, with examples.
 COMMANDS = dict(models=models, flops=flops, bench=bench, scale=scale, attention=attention, export=export)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Runs a subcommand; exits with 2 for wrong input and with 130 if interrupted."""
+    prepare_streams()
     args = parse_args(argv)
     try:
+        import ls_vision.models  # noqa: F401  (registers the models)
+
         args.run(args)
+        sys.stdout.flush()
     except UserError as e:
         print(f'error: {e}', file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # e.g. `| head`: nobody reads on
+        silence(sys.stdout)
+        sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
         print('Interrupted.', file=sys.stderr)
         sys.exit(130)

@@ -11,8 +11,6 @@ import sys
 from pathlib import Path
 from typing import List, Optional
 
-import ls_vision  # noqa: F401, registers the models
-
 STARTUP = str(Path(__file__).resolve().parent / '_startup')
 
 
@@ -25,6 +23,9 @@ def main(argv: Optional[List[str]] = None) -> None:
     script = args[0]
     if not os.path.isfile(script):
         raise SystemExit(f'ls_vision.run: there is no script {script!r}.')
+
+    import ls_vision.models  # noqa: F401, registers the models
+
     sys.argv = args
     sys.path[0] = os.path.dirname(os.path.abspath(script))  # scripts import their neighbours
     register_in_children()

@@ -57,6 +57,43 @@ def test_command(tmp_path):
     assert session.run(None, {'image': torch.randn(1, 3, 128, 96).numpy()})[0].shape == (1, 1000)
 
 
-def test_unknown_model(tmp_path):
-    with pytest.raises(SystemExit, match="unknown model 'vil_tiny'"):
-        main(['vil_tiny', '--out', str(tmp_path / 'model.onnx')])
+@pytest.mark.parametrize(('argv', 'message'), [
+    (['vil_tiny', '--out', 'DIR/model.onnx'], "unknown model 'vil_tiny'"),
+    (['vil_ls_tiny', '--out', 'DIR/nowhere/model.onnx'], 'there is no folder .*nowhere'),
+    (['vil_ls_tiny', '--out', 'DIR'], 'is a folder; name a file'),
+    (['vil_ls_tiny', '--out', 'DIR/m.onnx', '--checkpoint', 'DIR/none.pth'], 'none.pth: no such file'),
+    (['vil_ls_tiny', '--out', 'DIR/m.onnx', '--checkpoint', 'DIR/bad.pth'], 'bad.pth is damaged or not a checkpoint'),
+    (['vil_ls_tiny', '--out', 'DIR/bad.pth', '--checkpoint', 'DIR/bad.pth'], 'is the checkpoint itself'),
+    (['vil_ls_tiny', '--out', 'DIR/m.onnx', '--checkpoint', 'DIR/toy.pth'], 'toy.pth does not fit LongShortViL'),
+    (['vil_ls_tiny', '--out', 'DIR/m.onnx', '--img-size', '1', '2', '3'], 'expected a side, or height and width'),
+    (['vil_ls_tiny', '--out', 'DIR/m.onnx', '--img-size', '3'], 'cannot be exported at 3 x 3: Image of 3 x 3'),
+    (['vil_ls_tiny', '--out', 'DIR/m.onnx', '--model-kwargs', 'depth=3'], "cannot be built with {'depth': 3}"),
+])
+def test_wrong_input_is_one_line_and_nothing_is_written(argv, message, tmp_path):
+    (tmp_path / 'bad.pth').write_bytes(b'bad')
+    torch.save(toy('vil_ls_tiny').state_dict(), tmp_path / 'toy.pth')
+    with pytest.raises(SystemExit, match=f'error: .*{message}') as stopped:
+        main([text.replace('DIR', str(tmp_path)) for text in argv])
+    assert '\n' not in str(stopped.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['bad.pth', 'toy.pth']
+
+
+@pytest.mark.parametrize('argv', [['--img-size', '0'], ['--img-size', '-5'], ['--num-classes', '0']])
+def test_sizes_of_zero_and_less(argv, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(['vil_ls_tiny', '--out', str(tmp_path / 'm.onnx'), *argv])
+    assert stopped.value.code == 2 and 'expected a whole number of 1 or more' in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_model_of_other_arguments(tmp_path):
+    """As the demo's: the checkpoint fits only with the arguments that the model was built with."""
+    kwargs = dict(TOY, in_chans=1)
+    model = timm.create_model('vil_ls_tiny', **kwargs).eval()
+    torch.save(dict(state_dict=model.state_dict()), tmp_path / 'last.pth.tar')
+    main(['vil_ls_tiny', '--out', str(tmp_path / 'm.onnx'), '--checkpoint', str(tmp_path / 'last.pth.tar'),
+          '--img-size', '64', '--model-kwargs', *(f'{name}={value}' for name, value in kwargs.items())])
+    image = torch.randn(1, 1, 64, 96)
+    found = onnxruntime.InferenceSession(str(tmp_path / 'm.onnx')).run(None, {'image': image.numpy()})[0]
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(found), model(image), atol=1e-4, rtol=1e-4)

@@ -1,16 +1,22 @@
 """Models by name: the registered ones, their published accuracy, and building one for an image size."""
-from typing import Any, NamedTuple, Union
+import functools
+from pathlib import Path
+from typing import Any, NamedTuple, Optional, Union
 
 import timm
 import torch
+from timm.models import PretrainedCfg, resolve_model_input_args
 from torch import nn
 
 import ls_vision.models  # noqa: F401  registers the models
+from ls_vision.models._checkpoint import load_weights
 from ls_vision.runtime.errors import UserError, first_line
 from ls_vision.runtime.spelling import did_you_mean
 
 ImageSize = tuple[int, int]
 """Height and width in pixels."""
+
+LARGEST_SIDE = 1_000_000  # tensors of much larger images have more elements than can be counted
 
 
 class Published(NamedTuple):
@@ -45,11 +51,21 @@ def own_models() -> list[str]:
 
 
 def check_model(name: str) -> None:
-    """Raises UserError, with similar names, where no model is registered under a name."""
-    if timm.is_model(name.split('.')[0]):
+    """Raises UserError, with similar names, where there is no such model, tag, folder or repository.
+
+    Args:
+        name: Registered name, with or without the tag of pretrained weights, or hf-hub:OWNER/NAME or local-dir:FOLDER.
+    """
+    if ':' in name:
+        _config(name)
         return
-    hint = did_you_mean(name, timm.list_models(), count=3) or '; timm.list_models() lists the names'
-    raise UserError(f'unknown model {name!r}{hint}')
+    arch, _, tag = name.partition('.')
+    if not timm.is_model(arch):
+        hint = did_you_mean(name, timm.list_models(), count=3) or '; timm.list_models() lists the names'
+        raise UserError(f'unknown model {name!r}{hint}')
+    known = [n for n in timm.list_models(f'{arch}.*', include_tags=True) if n != arch]
+    if tag and name not in known:
+        raise UserError(f'unknown tag {tag!r} of model {arch!r}; {", ".join(known) or "it has none"}')
 
 
 def default_size(name: str) -> ImageSize:
@@ -67,6 +83,8 @@ def parse_size(text: str) -> ImageSize:
     numbers = text.lower().split('x')
     if len(numbers) > 2 or not all(number.isdecimal() and int(number) > 0 for number in numbers):
         raise UserError(f'image size {text!r}: expected pixels, as 224 or as HEIGHTxWIDTH, 640x480')
+    if any(int(number) > LARGEST_SIDE for number in numbers):
+        raise UserError(f'image size {text!r}: expected at most {LARGEST_SIDE:,} pixels a side')
     return int(numbers[0]), int(numbers[-1])
 
 
@@ -94,8 +112,37 @@ def build(name: str, size: ImageSize, device: Union[str, torch.device] = 'cpu', 
         raise UserError(f'{name} cannot be built for images of {size_name(size)}: {first_line(e)}') from e
 
 
+def load(name: str, checkpoint: Optional[Path], model_kwargs: dict[str, Any]) -> nn.Module:
+    """A model in evaluation mode, with the weights of a file or with random ones.
+
+    Args:
+        name: As for `check_model`.
+        checkpoint: File of weights.
+        model_kwargs: Arguments that the model was built with.
+
+    Raises:
+        UserError: There is no such model or file, or they do not fit.
+    """
+    check_model(name)
+    if checkpoint is not None and not checkpoint.is_file():
+        raise UserError(f'--checkpoint {checkpoint}: no such file')
+    try:
+        model = timm.create_model(name, **model_kwargs).eval()
+    except (AssertionError, AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as e:
+        raise UserError(f'{name} cannot be built with {model_kwargs}: {first_line(e)}') from e
+    if checkpoint is not None:
+        load_weights(model, checkpoint)
+    return model
+
+
+@functools.cache
 def _config(name: str) -> Any:
-    config = timm.get_pretrained_cfg(name)
+    try:
+        if ':' in name:
+            return PretrainedCfg(**resolve_model_input_args(name)['pretrained_cfg'])
+        config = timm.get_pretrained_cfg(name)
+    except (OSError, RuntimeError, ValueError) as e:
+        raise UserError(f'model {name!r}: {first_line(e)}') from e
     if config is None:
         raise UserError(f'{name}: timm has no configuration for it, so its image size is unknown')
     return config

@@ -2,12 +2,10 @@
 import argparse
 from collections.abc import Sequence
 
-from timm.utils import ParseKwargs
-
-from ..runtime.arguments import create_config_parser, parse_with_config
+from ..runtime.arguments import KeyValues, create_config_parser, parse_with_config
 from ..runtime.devices import check_device
 from ..runtime.errors import UserError
-from ..training.config import add_optimizer_args, add_run_args
+from ..training.config import add_optimizer_args, add_run_args, check_optimizer_args
 from .detectors import DETECTORS
 
 
@@ -51,8 +49,8 @@ def _add_data_args(group: argparse._ArgumentGroup) -> None:
 def _add_model_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument('--detector', default='retinanet', choices=tuple(DETECTORS), help='detector of torchvision')
     group.add_argument('--model', default='vil_ls_small_linear', help='timm model name of the backbone')
-    group.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, help='its arguments, k=v')
-    group.add_argument('--detector-kwargs', nargs='*', default={}, action=ParseKwargs, help="the detector's, k=v")
+    group.add_argument('--model-kwargs', nargs='*', default={}, action=KeyValues, help='its arguments, k=v')
+    group.add_argument('--detector-kwargs', nargs='*', default={}, action=KeyValues, help="the detector's, k=v")
     group.add_argument('--strides', type=int, nargs='+', help="strides of the pyramid; the detector's own if not set")
     group.add_argument('--out-channels', type=int, default=256, help='width of pyramid and heads')
     group.add_argument('--trainable-stages', type=int, help='last stages of the backbone to train; all if not set')
@@ -74,7 +72,7 @@ def _add_augmentation_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument('--crops-per-image', type=int, default=1, help='crops of each image per epoch')
     group.add_argument('--min-size', type=int, nargs='+', help='resize shorter sides to one of these, evaluation to '
                        'the last; not at all if not set')
-    group.add_argument('--max-size', type=int, default=1333, help='limit of longer sides where images are resized')
+    group.add_argument('--max-size', type=int, help='limit of longer sides with --min-size; 1333 if not set')
     group.add_argument('--hflip', type=float, default=0.5, help='horizontal flip probability')
     group.add_argument('--vflip', type=float, default=0., help='vertical flip probability')
     group.add_argument('--transpose', type=float, default=0., help='probability of exchanging rows and columns')
@@ -106,6 +104,11 @@ def _check_args(args: argparse.Namespace) -> None:
         raise UserError(f'--crop-scale {args.crop_scale}: must be two numbers above 0, the smaller first')
     if args.tile_size is not None and not 0 <= args.tile_overlap < args.tile_size:
         raise UserError(f'--tile-overlap {args.tile_overlap}: must be 0 or more and below --tile-size {args.tile_size}')
+    if args.max_size is not None and args.min_size is None:
+        raise UserError(f'--max-size {args.max_size}: images are resized only with --min-size')
+    if args.model_kwargs.get('in_chans', 3) != 3:
+        raise UserError(f'--model-kwargs in_chans={args.model_kwargs["in_chans"]}: images are read as RGB, 3 channels')
+    check_optimizer_args(args)
     if args.pretrained and args.initial_backbone:
         raise UserError(f'--pretrained and --initial-backbone {args.initial_backbone}: choose one')
     check_device(args.device)

@@ -2,6 +2,7 @@
 from typing import Any, Callable, NamedTuple, Optional, Sequence, Union
 
 from timm.data import resolve_data_config
+from timm.models import get_model_input_config
 from torch import Tensor, nn
 from torchvision.models.detection import FCOS, FasterRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -46,7 +47,7 @@ def build_detector(
         trainable_stages: Optional[int] = None,
         grad_checkpointing: bool = False,
         min_size: Optional[Union[int, Sequence[int]]] = None,
-        max_size: int = 1333,
+        max_size: Optional[int] = None,
         detections_per_img: int = 100,
         backbone_kwargs: Optional[dict[str, Any]] = None,
         **detector_kwargs: Any,
@@ -62,15 +63,18 @@ def build_detector(
         num_classes: Number of classes, without the background.
         strides: Strides of the backbone's feature maps that enter the pyramid. By default (8, 16, 32) for one-stage
             detectors, plus two coarser levels, and (4, 8, 16, 32) for the others, plus one coarser level.
-        out_channels: Width of pyramid and heads, a multiple of 32.
+        out_channels: Width of pyramid and heads, a multiple of 32. Group norms have 32 groups, and 16 where it is 32:
+            one channel of one pixel has no statistics.
         trainable_stages: Stages of the backbone to train, counted from the last one; all if None.
         grad_checkpointing: Recompute the backbone's blocks in the backward pass: less memory, a third more time.
         min_size: Shorter side in pixels to which images are resized. In training it is drawn from several if these are
             given. None does not resize.
-        max_size: Limit of the longer side where images are resized.
+        max_size: Limit of the longer side where images are resized, 1333 by default.
         detections_per_img: Largest number of boxes per image.
-        backbone_kwargs: Arguments of `timm.create_model`, e.g. `drop_path_rate` or `pretrained`.
-        **detector_kwargs: Other arguments of the torchvision detector, e.g. `score_thresh`.
+        backbone_kwargs: Arguments of `timm.create_model`, e.g. `drop_path_rate`, `pretrained` or `in_chans`. With one
+            channel the backbone's pixel statistics are averaged, with more than three they are repeated.
+        **detector_kwargs: Other arguments of the torchvision detector, e.g. `score_thresh`, `image_mean` or
+            `size_divisible`.
 
     Raises:
         ValueError: An argument is out of range; names it and what is accepted.
@@ -81,28 +85,55 @@ def build_detector(
         raise ValueError(f'num_classes {num_classes}: must be 1 or more')
     if out_channels < 1 or out_channels % 32:
         raise ValueError(f'out_channels {out_channels}: must be a multiple of 32')
+    if max_size is not None and min_size is None:
+        raise ValueError(f'max_size {max_size}: images are resized only with min_size')
     kind = DETECTORS[detector]
     pyramid = PyramidBackbone(
         backbone, strides or kind.strides, out_channels, trainable_stages, grad_checkpointing,
         _extra_levels(kind, out_channels), **(backbone_kwargs or {}))
-    data_config = resolve_data_config(model=pyramid.body.model)
+    mean, std = _pixel_statistics(pyramid.body.model, detector_kwargs)
     settings: dict[str, Any] = dict(
         num_classes=num_classes + 1,  # torchvision counts the background
-        image_mean=data_config['mean'],
-        image_std=data_config['std'],
-        max_size=max_size,
+        max_size=1333 if max_size is None else max_size,
         min_size=800 if min_size is None else min_size,
         **{f'{kind.prefix}detections_per_img': detections_per_img, f'{kind.prefix}score_thresh': kind.score_thresh},
         **_level_settings(kind, pyramid),
     )
-    model = kind.make(pyramid, **{**settings, **detector_kwargs})
-    if min_size is None:
-        model.transform = Normalize(0, 0, data_config['mean'], data_config['std'])
+    model: Any = kind.make(pyramid, **{**settings, **detector_kwargs, 'image_mean': mean, 'image_std': std})
+    if min_size is None and detector_kwargs.get('fixed_size') is None:
+        model.transform = Normalize(0, 0, mean, std, size_divisible=model.transform.size_divisible)
+    _widen_groups(model)
     if isinstance(model, FCOS):
         # Distances leave the head through a ReLU. With a bias of 0 and a backbone without pretrained weights, all fell
         # to 0 within ten updates and boxes were never learned.
         nn.init.constant_(model.head.regression_head.bbox_reg.bias, FCOS_DISTANCE)  # type: ignore[union-attr, arg-type]
     return model
+
+
+def _pixel_statistics(backbone: Any, given: dict[str, Any]) -> list[list[float]]:
+    """Mean and standard deviation of each channel: those given, or the backbone's.
+
+    Raises:
+        ValueError: The number given is not 1 or that of the channels.
+    """
+    channels = get_model_input_config(backbone)['input_size'][0]
+    data_config = resolve_data_config(model=backbone)
+    statistics = []
+    for argument, name in (('image_mean', 'mean'), ('image_std', 'std')):
+        found = given.get(argument)
+        if found is not None and len(found) not in (1, channels):
+            raise ValueError(f'{argument} {list(found)}: must be {channels} numbers, one for each channel, or one')
+        if found is None:
+            found = data_config[name] if channels > 1 else [sum(data_config[name]) / len(data_config[name])]
+        statistics.append([found[i % len(found)] for i in range(channels)])
+    return statistics
+
+
+def _widen_groups(model: nn.Module) -> None:
+    """Let every group norm of pyramid and heads, which have 32 groups, have two channels or more in a group."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.GroupNorm) and not name.startswith('backbone.body.'):
+            module.num_groups = min(module.num_groups, module.num_channels // 2)
 
 
 def _extra_levels(kind: Kind, out_channels: int) -> ExtraFPNBlock:

@@ -10,7 +10,7 @@ from timm.layers import trunc_normal_, use_fused_attn
 from timm.models import register_notrace_function
 from torch import Tensor, nn
 
-from ..ops.calls import is_followed
+from ..ops.calls import is_empty, is_followed
 from ..ops.numerics import attention_weights, to_dtype
 from . import cpu
 from .checks import check_heads, check_token_count
@@ -32,7 +32,7 @@ def dot_product_attention(
     else:
         # the CPU's fused kernel takes a bias without gradients, and has no second derivative
         frozen = bias is not None and not bias.requires_grad and q.requires_grad and torch.is_grad_enabled()
-        if is_followed(q, k, v, bias) or (frozen and q.device.type == 'cpu'):
+        if is_followed(q, k, v, bias) or (frozen and q.device.type == 'cpu') or is_empty(q):
             return torch.matmul(F.dropout(attention_weights(q, k, bias, scale), dropout_p), v)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale)
 

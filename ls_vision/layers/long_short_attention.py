@@ -277,7 +277,7 @@ class LongShortAttention2d(nn.Module):
         d = q.shape[-1] // h
         q, kv = q.reshape(B, L, h, d), kv.reshape(B, L, 2, h, d)
         if scores is not None:
-            scores = scores.transpose(1, 2).reshape(B, h, -1, H * W)
+            scores = scores.transpose(1, 2).reshape(B, h, scores.shape[-1] // h, H * W)  # no -1: B may be 0
         return (
             q[:, g:].reshape(B, H, W, h, d), q[:, :g], kv[:, g:].reshape(B, H, W, 2, h, d), kv[:, :g], scores)
 
@@ -287,8 +287,9 @@ class LongShortAttention2d(nn.Module):
             return own if self.num_global_tokens > 0 else None
         B, _, _, _, h, d = pair.shape
         sums, _ = summarize(scores, pair.flatten(1, 2))  # (B, h, r, 2 * d)
-        long = sums.unflatten(-1, (2, d)).permute(0, 2, 3, 1, 4).reshape(B, -1, 2, h * d)
-        return torch.cat([self.dual_ln_dp(long).reshape(B, -1, 2, h, d), own], dim=1)
+        r = sums.shape[2]
+        long = sums.unflatten(-1, (2, d)).permute(0, 2, 3, 1, 4).reshape(B, r, 2, h * d)
+        return torch.cat([self.dual_ln_dp(long).reshape(B, r, 2, h, d), own], dim=1)
 
     def _attend_explicitly(self, query: Tensor, pair: Tensor, additional: Optional[Tensor]) -> Tensor:
         """The attention of local tokens with its weights passed through `attn_drop`; (B, H, W, h, d)."""

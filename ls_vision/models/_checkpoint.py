@@ -8,6 +8,7 @@ from typing import Any, Dict, List, Mapping, Tuple, Union
 import torch
 from timm.models._builder import resolve_pretrained_cfg
 from timm.models._hub import download_cached_file
+from timm.models._manipulate import adapt_input_conv
 from torch import nn
 
 from ..layers import FullAttention2d, LongShortAttention2d
@@ -20,7 +21,9 @@ _logger = logging.getLogger(__name__)
 
 # Averaged weights come first, as in timm.
 WRAPPERS = ('state_dict_ema', 'model_ema', 'state_dict', 'model', 'net')
-PREFIXES = ('module.', '_orig_mod.')  # of DistributedDataParallel and averages, and of torch.compile
+# Of DistributedDataParallel and averages, of torch.compile, and of Lightning's usual attribute.
+PREFIXES = ('module.', '_orig_mod.', 'model.')
+COUNTER = 'n_averaged'  # of torch's AveragedModel, beside the weights
 
 
 def unwrap_state_dict(checkpoint: Mapping[str, Any]) -> Dict[str, Any]:
@@ -34,7 +37,7 @@ def unwrap_state_dict(checkpoint: Mapping[str, Any]) -> Dict[str, Any]:
         if inner is None:
             break
         checkpoint = inner
-    state_dict = {k: v for k, v in checkpoint.items() if isinstance(v, torch.Tensor)}
+    state_dict = {k: v for k, v in checkpoint.items() if isinstance(v, torch.Tensor) and k != COUNTER}
     if not state_dict:
         raise ValueError(
             f'The checkpoint holds no tensors; its entries are {_first(list(checkpoint))}. Expected a state dict, or a '
@@ -71,6 +74,7 @@ def load_weights(
     except ValueError as e:
         raise UserError(f'checkpoint {path}: {e}') from e
     expected = model.state_dict()
+    weights = _adapt_channels(model, weights, expected)
     if ignore_unused:
         weights = {name: weight for name, weight in weights.items() if name in expected}
     if new_classifier:
@@ -79,6 +83,22 @@ def load_weights(
     if mismatch:
         raise UserError(f'checkpoint {path} does not fit {type(model).__name__}: {mismatch}')
     nn.Module.load_state_dict(model, weights)  # the class's own method would convert the weights again
+
+
+def _adapt_channels(
+        model: nn.Module,
+        weights: Dict[str, Any],
+        expected: Mapping[str, torch.Tensor],
+) -> Dict[str, Any]:
+    """The weights, with the first convolution's fitted to the model's number of channels, as timm does."""
+    name = f'{getattr(model, "pretrained_cfg", {}).get("first_conv")}.weight'
+    if name not in weights or name not in expected or weights[name].shape == expected[name].shape:
+        return weights
+    found, wanted = weights[name], expected[name]
+    if found.ndim != 4 or found.shape[1] != 3 or (found.shape[0], *found.shape[2:]) != (
+            wanted.shape[0], *wanted.shape[2:]):
+        return weights
+    return {**weights, name: adapt_input_conv(wanted.shape[1], found)}
 
 
 def _keep_classifier(model: nn.Module, weights: Dict[str, Any]) -> Dict[str, Any]:

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import register_flop_formula
 from . import double_backward
 from .backends import BACKENDS, resolve
 from .backends.composite import composite_attention, merge_windows, tile_logits
-from .calls import is_followed
+from .calls import is_empty, is_followed
 from .numerics import statistics_dtype, to_autocast, to_dtype
 from .window import Window, make_window, num_keys, num_queries, num_windows
 
@@ -103,7 +103,7 @@ def attend(
     if torch.jit.is_scripting():
         return composite_attention(query, pair, window, additional, bias, scale, with_lse)
     else:
-        if window.rows == 0 or (backend is None and is_followed(query, pair, additional, bias)):
+        if window.rows == 0 or is_empty(query) or (backend is None and is_followed(query, pair, additional, bias)):
             return composite_attention(query, pair, window, additional, bias, scale, with_lse)
         chosen = resolve(backend, query, window, additional, bias, torch.is_grad_enabled(), with_lse)
         if chosen.backward is None:

@@ -1,7 +1,7 @@
 """Which kind of call this is: one that only wants a result, or one whose single operations somebody follows.
 
 An opaque operator or a library's private one is faster, and a closed door to exporters, functorch transforms and
-everything else that follows operations. The two questions here decide; nothing else in the package does.
+everything else that follows operations. The questions here decide; nothing else in the package does.
 """
 from typing import Optional
 
@@ -27,6 +27,11 @@ def is_followed(*tensors: Optional[Tensor]) -> bool:
         torch.jit.is_tracing() or _is_transformed() or forward_ad._current_level >= 0
         or _has_foreign_mode() or torch.matmul is not _MATMUL
         or any(t is not None and type(t) is not Tensor and type(t) is not torch.nn.Parameter for t in tensors))
+
+
+def is_empty(x: Tensor) -> bool:
+    """True for an eager call without images: kernels need not know that case, and PyTorch's own give no gradients."""
+    return not torch.compiler.is_compiling() and not torch.jit.is_tracing() and x.shape[0] == 0
 
 
 def is_plain_inference(x: Tensor) -> bool:

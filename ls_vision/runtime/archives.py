@@ -56,7 +56,9 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise UserError(
             f'checkpoint {path} was refused: {_refused(path)}. Only plain tensors, numbers, strings and containers '
             'are read, because a pickle can run any code; save the `state_dict` alone, or as .safetensors') from e
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError) as e:
+    except MemoryError:
+        raise
+    except Exception as e:  # torch's reader raises many kinds for bytes that are no pickle
         raise UserError(f'checkpoint {path} is damaged or not a checkpoint: {first_line(e)}') from e
     if not isinstance(checkpoint, dict):
         raise UserError(f'checkpoint {path} holds a {type(checkpoint).__name__}, expected a dict of tensors')

@@ -3,16 +3,71 @@
 A name or value that is not known is an error that says what would be accepted.
 """
 import argparse
+import ast
+import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from timm.utils import ParseKwargs
 
 from .errors import UserError
 from .files import write_text
 from .spelling import did_you_mean
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads 1e-8 as a number, as YAML 1.2 does; PyYAML's YAML 1.1 wants 1.0e-8 and takes the rest for text."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts text that looks like such a number into quotes."""
+
+
+_EXPONENTIAL = re.compile(r'[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$')
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver('tag:yaml.org,2002:float', _EXPONENTIAL, list('-+.0123456789'))
+
+
+class KeyValues(argparse.Action):
+    """Reads NAME=VALUE ... as a dict. A value is a Python literal, true or false, or else text."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        found = {}
+        for text in filter(None, values):
+            name, equals, value = text.partition('=')
+            if not equals or not name:
+                parser.error(f'argument {option_string}: {text!r} is not NAME=VALUE')
+            found[name] = _literal(value)
+        setattr(namespace, self.dest, found)
+
+
+def _literal(text: str) -> Any:
+    if text.lower() in ('true', 'false'):
+        return text.lower() == 'true'
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def positive_int(text: str) -> int:
+    """The value of an argument that must be 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'{text!r}: expected a whole number of 1 or more')
+    return int(text)
+
+
+def positive_number(text: str) -> float:
+    """The value of an argument that must be above 0 and finite."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f'{text!r}: expected a number above 0')
+    return value
 
 
 def create_config_parser() -> argparse.ArgumentParser:
@@ -44,7 +99,7 @@ def parse_strictly(parser: argparse.ArgumentParser, argv: Sequence[str] | None) 
 def read_config(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
     """Read a YAML file of arguments and check its names and types against the parser's."""
     try:
-        config = yaml.safe_load(Path(path).read_text(encoding='utf-8'))
+        config = yaml.load(Path(path).read_text(encoding='utf-8'), _Loader)
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f'--config {path} cannot be read: {e}') from e
     except yaml.YAMLError as e:
@@ -62,7 +117,7 @@ def read_config(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
 
 def save_args(args: argparse.Namespace, path: Path) -> None:
     """Write the arguments as a file that `--config` reads back."""
-    write_text(path, yaml.safe_dump(vars(args), sort_keys=False, allow_unicode=True))
+    write_text(path, yaml.dump(vars(args), Dumper=_Dumper, sort_keys=False, allow_unicode=True))
 
 
 def _check_type(path: str, action: argparse.Action, value: Any) -> None:
@@ -71,7 +126,7 @@ def _check_type(path: str, action: argparse.Action, value: Any) -> None:
         return
     if isinstance(action, argparse._StoreTrueAction):
         ok, expected = isinstance(value, bool), 'true or false'
-    elif isinstance(action, ParseKwargs):
+    elif isinstance(action, KeyValues):
         ok, expected = isinstance(value, dict), '`name: value` lines'
     elif action.nargs in ('+', 2):
         ok, expected = isinstance(value, list) and all(_is_number(v) for v in value), 'a list of numbers'

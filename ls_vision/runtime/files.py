@@ -1,5 +1,6 @@
 """Files that are replaced as a whole: a kill or a full disk leaves the previous content."""
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,6 +42,32 @@ def atomic_write(path: str | os.PathLike[str], keep: Path | None = None) -> Iter
         os.replace(path, keep)
     os.replace(temporary, path)
     _sync_folder(path.parent)
+
+
+def check_output(path: str | os.PathLike[str], option: str, suffix: str = '') -> Path:
+    """Refuse, before any work, a file that could not be written after it.
+
+    Args:
+        path: Of the file.
+        option: Name of the argument that gave it.
+        suffix: Ending that the file must have, e.g. '.png'.
+
+    Raises:
+        UserError: Its folder is missing or cannot be written, it is a folder itself, or it has another ending.
+    """
+    path = Path(path)
+    if suffix and path.suffix.lower() != suffix:
+        raise UserError(f'{option} {path}: must end in {suffix}')
+    if path.is_dir():
+        raise UserError(f'{option} {path}: is a folder; name a file')
+    if not path.parent.is_dir():
+        raise UserError(f'{option} {path}: there is no folder {path.parent}')
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as e:
+        raise UserError(f'{option} {path}: its folder cannot be written: {e.strerror}') from e
+    return path
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

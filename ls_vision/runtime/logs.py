@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
+from .streams import without_reader
+
 
 def is_first_process() -> bool:
     """Whether this is the first of the processes that torchrun started, or the only one."""
@@ -17,8 +19,9 @@ def is_first_process() -> bool:
 def say(text: str) -> None:
     """Print a line above the progress bar, from the first process only."""
     if is_first_process():
-        tqdm.write(text)
-        sys.stdout.flush()  # log files are read during the run
+        with without_reader(sys.stdout):
+            tqdm.write(text)
+            sys.stdout.flush()  # log files are read during the run
 
 
 class ProgressBar:
@@ -45,13 +48,15 @@ class ProgressBar:
         self.done += 1
         text = ', '.join(f'{name} {value:.4g}' for name, value in figures.items())
         if not self.bar.disable:
-            self.bar.set_postfix_str(text, refresh=False)
-            self.bar.update()
+            with without_reader(sys.stderr):
+                self.bar.set_postfix_str(text, refresh=False)
+                self.bar.update()
         elif self.log_interval and self.done % self.log_interval == 0:
             say(f'{self.title}: {self.done}/{self.total}, {text}')
 
     def close(self) -> None:
-        self.bar.close()
+        with without_reader(sys.stderr):
+            self.bar.close()
 
     def __enter__(self) -> 'ProgressBar':
         return self

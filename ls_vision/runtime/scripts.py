@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from .errors import UserError
 from .processes import Processes, join_processes
+from .streams import prepare_streams
 
 Result = TypeVar('Result')
 
@@ -22,6 +23,7 @@ def run_script(
         job: Does the work.
         argv: Command line without the program's name; None reads `sys.argv`.
     """
+    prepare_streams()
     try:
         args = parse(argv)
         processes = join_processes(args.device)

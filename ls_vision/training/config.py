@@ -6,9 +6,8 @@ import argparse
 from collections.abc import Sequence
 
 import torch
-from timm.utils import ParseKwargs
 
-from ..runtime.arguments import create_config_parser, parse_with_config
+from ..runtime.arguments import KeyValues, create_config_parser, parse_with_config
 from ..runtime.devices import check_device
 from ..runtime.errors import UserError
 
@@ -41,6 +40,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parse_with_config(create_parser(), argv)
     _check_args(args)
     return args
+
+
+def check_optimizer_args(args: argparse.Namespace) -> None:
+    """Refuse what would override an argument of its own."""
+    for name in ('lr', 'weight_decay'):
+        if name in args.opt_kwargs:
+            raise UserError(f'--opt-kwargs {name}={args.opt_kwargs[name]}: pass --{name.replace("_", "-")}')
 
 
 def resolve_lr(args: argparse.Namespace, world_size: int) -> float:
@@ -78,7 +84,7 @@ def _add_data_args(group: argparse._ArgumentGroup) -> None:
 
 def _add_model_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument('--model', default='vil_ls_tiny', help='timm model name')
-    group.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, help='constructor arguments, k=v')
+    group.add_argument('--model-kwargs', nargs='*', default={}, action=KeyValues, help='constructor arguments, k=v')
     group.add_argument('--num-classes', type=int, help="classes; the dataset's if not set")
     group.add_argument('--pretrained', action='store_true', help='start from the published weights')
     group.add_argument('--pretrained-path', default='', metavar='PATH',
@@ -103,7 +109,7 @@ def add_optimizer_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument('--opt', default='sgd', help='timm optimiser name')
     group.add_argument('--opt-eps', type=float, help="epsilon; the optimiser's own if not set")
     group.add_argument('--opt-betas', type=float, nargs='+', help="betas; the optimiser's own if not set")
-    group.add_argument('--opt-kwargs', nargs='*', default={}, action=ParseKwargs,
+    group.add_argument('--opt-kwargs', nargs='*', default={}, action=KeyValues,
                        help="the optimiser's other arguments, k=v, e.g. fused=True")
     group.add_argument('--momentum', type=float, default=0.9, help='momentum')
     group.add_argument('--weight-decay', type=float, default=2e-5, help='weight decay')
@@ -188,8 +194,11 @@ def _check_args(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not value >= 0:  # also refuses nan
             raise UserError(f'--{name.replace("_", "-")} {value}: must be 0 or more')
+    check_optimizer_args(args)
     if args.resume == 'auto' and not args.experiment:
         raise UserError('--resume auto: pass the --experiment whose last checkpoint is meant')
+    if (args.mixup > 0 or args.cutmix > 0) and args.batch_size % 2:
+        raise UserError(f'--batch-size {args.batch_size}: must be even, since --mixup and --cutmix mix pairs of images')
     starts = [name for name in ('pretrained', 'pretrained_path', 'initial_checkpoint') if getattr(args, name)]
     if len(starts) > 1:
         raise UserError(f'{" and ".join("--" + name.replace("_", "-") for name in starts)}: choose one')

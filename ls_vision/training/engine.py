@@ -115,7 +115,7 @@ def update(
     state.optimizer.zero_grad()
     progress.num_updates += 1
     if state.scheduler is not None:
-        state.scheduler.step_update(num_updates=progress.num_updates)
+        state.scheduler.step_update(num_updates=state.schedule_position)
     return loss, signal_number
 
 

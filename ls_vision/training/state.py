@@ -4,13 +4,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from timm.scheduler import PlateauLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from timm.task import TrainingTask
+from timm.utils import unwrap_model
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..runtime import randomness
-from ..runtime.errors import UserError, first_line
 from ..runtime.processes import Processes
 from .faults import FiniteGuard
 
@@ -24,6 +25,7 @@ class Progress:
     num_updates: int = 0  # in total
     best_metric: float = -1.
     metrics: dict[str, float] = field(default_factory=dict)  # of the last complete epoch
+    schedule_shift: int = 0  # by how much the schedule is ahead of the updates, where the length of epochs changed
 
 
 @dataclass
@@ -37,7 +39,11 @@ class TrainingState:
     guard: FiniteGuard
     processes: Processes
     num_epochs: int
+    updates_per_epoch: int
     metric: str = 'top1'  # selects the best checkpoint
+    class_names: list[str] | None = None  # in the order of their numbers; None where the dataset does not know
+    data: dict[str, Any] = field(default_factory=dict)  # what a checkpoint knows of the training data
+    unreadable: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))  # found before a resume
     progress: Progress = field(default_factory=Progress)
     loss_sum: float = 0.  # over this process's images of the epoch
     num_images: int = 0
@@ -52,6 +58,11 @@ class TrainingState:
         model = self.task.get_eval_model(ema=self.task.has_ema())
         assert model is not None
         return model.module if isinstance(model, DistributedDataParallel) else model
+
+    @property
+    def schedule_position(self) -> int:
+        """Updates so far, as the schedule counts them."""
+        return self.progress.num_updates + self.progress.schedule_shift
 
     def mean_loss(self) -> float:
         """Mean training loss of the epoch so far, over all processes."""
@@ -87,64 +98,39 @@ class TrainingState:
             version=2,  # timm: `epoch` is the one that was completed
             optimizer=self.optimizer.state_dict(),
             amp_scaler=self.scaler.state_dict(),
-            scheduler=self.scheduler.state_dict() if self.scheduler is not None else None,
+            scheduler=_schedule_state(self.scheduler),
+            parameters=parameter_names(self),
+            updates_per_epoch=self.updates_per_epoch,
+            class_names=self.class_names,
+            data=self.data,
             **self.task.get_checkpoint_state(),
             **self.task.get_checkpoint_state(ema=True),
             progress=vars(self.progress),
             guard=self.guard.state_dict(),
             unreadable=unreadable,
             processes=self.processes.gather(mine),
-            sizes=_sizes(args),
+            sizes=batch_sizes(args),
         )
 
-    def load(self, checkpoint: dict[str, Any], args: argparse.Namespace, path: str) -> torch.Tensor:
-        """Return to the state in which a checkpoint was written.
 
-        Returns:
-            Indices of the images that could not be read.
-
-        Raises:
-            UserError: The checkpoint is of another model or program, or was written within an epoch with other batches.
-        """
-        try:
-            progress, processes = Progress(**checkpoint['progress']), checkpoint['processes']
-            self._check_sizes(checkpoint['sizes'], len(processes), progress, args, path)
-            self.task.load_checkpoint_state(checkpoint['state_dict'])
-            if self.task.has_ema():
-                self.task.load_checkpoint_state(checkpoint['state_dict_ema'], ema=True)
-            self.optimizer.load_state_dict(checkpoint['optimizer'])
-            self.scaler.load_state_dict(checkpoint['amp_scaler'])
-            if self.scheduler is not None and checkpoint['scheduler'] is not None:
-                self.scheduler.load_state_dict(checkpoint['scheduler'])
-            self.guard.load_state_dict(checkpoint['guard'])
-            unreadable = checkpoint['unreadable']
-        except KeyError as e:
-            raise UserError(
-                f'--resume {path}: it lacks {e}; to start from weights alone, use --initial-checkpoint') from e
-        except (RuntimeError, ValueError, TypeError) as e:
-            raise UserError(f'--resume {path} does not fit {args.model} and its optimiser: {first_line(e)}') from e
-        self.progress = progress
-        if len(processes) == self.processes.world_size:
-            mine = processes[self.processes.rank]
-            randomness.restore(mine['random'])
-            self.loss_sum, self.num_images = mine['loss_sum'], mine['num_images']
-        return unreadable
-
-    def _check_sizes(
-            self, found: dict[str, Any], num_processes: int, progress: Progress, args: argparse.Namespace, path: str,
-    ) -> None:
-        """Within an epoch the position is a number of batches, so the batches must be the same."""
-        found, given = {'processes': num_processes, **found}, {'processes': self.processes.world_size, **_sizes(args)}
-        if progress.batch and found != given:
-            raise UserError(
-                f'--resume {path} was written in the middle of an epoch with {_text(found)}, this run has '
-                f'{_text(given)}: resume with the same')
-
-
-def _sizes(args: argparse.Namespace) -> dict[str, Any]:
+def batch_sizes(args: argparse.Namespace) -> dict[str, Any]:
+    """What decides which samples make a batch."""
     names = ('batch_size', 'grad_accum_steps', 'aug_repeats', 'crops_per_image', 'seed')  # not every script has all
     return {name: getattr(args, name) for name in names if hasattr(args, name)}
 
 
-def _text(sizes: dict[str, Any]) -> str:
-    return ', '.join(f'{name} {value}' for name, value in sizes.items())
+def parameter_names(state: TrainingState) -> list[str]:
+    """Names of the optimiser's parameters, in its order."""
+    model = unwrap_model(state.task.get_trainable_module())
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [names[id(p)] for group in state.optimizer.param_groups for p in group['params']]
+
+
+def _schedule_state(scheduler: Scheduler | None) -> dict[str, Any] | None:
+    if scheduler is None:
+        return None
+    state = scheduler.state_dict()
+    if isinstance(scheduler, PlateauLRScheduler):  # timm leaves out the counters
+        counters = scheduler.lr_scheduler
+        state.update(num_bad_epochs=counters.num_bad_epochs, cooldown_counter=counters.cooldown_counter)
+    return state

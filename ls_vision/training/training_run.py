@@ -9,11 +9,13 @@ import torch
 from ..runtime.archives import load_checkpoint
 from ..runtime.arguments import save_args
 from ..runtime.errors import UserError
+from ..runtime.locks import hold_folder
 from ..runtime.logs import Stopwatch, say
 from ..runtime.signals import StopRequest
 from .checkpoint import LAST, load_latest, save_checkpoint
 from .engine import BatchSource, Stopped, train_one_epoch
 from .metrics import MetricLog
+from .resume import restore
 from .state import TrainingState
 
 Metrics = dict[str, float]
@@ -54,26 +56,46 @@ class TrainingRun:
             say(f'{self.output} holds no checkpoint yet: the run starts from the beginning')
             return
         path = str(self.output / LAST) if args.resume == 'auto' else args.resume
-        unreadable = self.state.load(checkpoint, args, path)
-        if len(unreadable):
-            self.loader.dataset.mark_unreadable(unreadable)
-        changed = [
-            f'{name} {old!r} -> {getattr(args, name)!r}' for name, old in checkpoint['args'].items()
-            if name != 'resume' and getattr(args, name, old) != old]
+        notes = restore(self.state, checkpoint, args, path)
+        if len(self.state.unreadable):
+            self.loader.dataset.mark_unreadable(self.state.unreadable)
         progress = self.state.progress
-        say(f'Resuming from {path}: epoch {progress.epoch + 1}, batch {progress.batch}, update {progress.num_updates}'
-            + (f'; changed arguments: {", ".join(changed)}' if changed else ''))
+        say(f'Resuming from {path}: epoch {progress.epoch + 1}, batch {progress.batch}, update {progress.num_updates}')
+        for note in notes:
+            say(f'  {note}')
 
     def train(self, evaluate: Callable[[StopRequest], Metrics], describe: Callable[[Metrics], str]) -> None:
         """Train the remaining epochs, and evaluate, log and save after each.
 
-        On SIGTERM or Ctrl-C it saves and exits.
+        On SIGTERM, SIGHUP or Ctrl-C it saves and exits.
 
         Args:
             evaluate: Metrics of the state after an epoch; empty where it is not evaluated.
             describe: Those metrics as text.
+
+        Raises:
+            UserError: The run's folder cannot be written, or another run writes into it.
         """
-        log = self._open_log() if self.state.processes.is_primary else None
+        if not self.state.processes.is_primary:
+            self._train(evaluate, describe, None)
+            return
+        try:
+            self.output.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise UserError(f'--output {self.args.output}: cannot be written: {e}') from e
+        with hold_folder(self.output):
+            log = self._open_log()
+            try:
+                self._train(evaluate, describe, log)
+            finally:
+                log.close()
+
+    def _train(
+            self,
+            evaluate: Callable[[StopRequest], Metrics],
+            describe: Callable[[Metrics], str],
+            log: MetricLog | None,
+    ) -> None:
         try:
             with StopRequest() as stop:
                 while self.state.progress.epoch < self.state.num_epochs:
@@ -83,24 +105,16 @@ class TrainingRun:
             say(f'Stopped by signal {e.signal_number} after update {self.state.progress.num_updates}; saved '
                 f'{self.output / LAST}, continue with --resume auto')
             sys.exit(128 + e.signal_number)
-        finally:
-            if log is not None:
-                log.close()
 
     def save(self, is_best: bool = False) -> None:
         """Write the checkpoint. Every process must call it; the first one writes."""
         content = self.state.checkpoint(self.args, self._unreadable())
-        content['class_names'] = getattr(self.loader.dataset, 'class_names', None)  # evaluation matches by name
         if self.state.processes.is_primary:
             save_checkpoint(self.output, content, is_best)
 
     def _open_log(self) -> MetricLog:
         args, progress = self.args, self.state.progress
-        try:
-            self.output.mkdir(parents=True, exist_ok=True)
-            save_args(args, self.output / 'args.yaml')
-        except OSError as e:
-            raise UserError(f'--output {args.output}: cannot be written: {e}') from e
+        save_args(args, self.output / 'args.yaml')
         wandb = dict(project=args.wandb_project, name=self.output.name, config=vars(args)) if args.log_wandb else None
         return MetricLog(self.output, progress.epoch, progress.num_updates, args.log_tensorboard, wandb)
 

@@ -118,6 +118,9 @@ def test_fcos_learns_boxes_from_scratch():
     (dict(trainable_stages=5), 'trainable_stages 5: must be 0 to 4'),
     (dict(strides=(2, 4)), r'strides \(2, 4\): vil_ls_tiny_linear has feature maps of strides \[4, 8, 16, 32\]'),
     (dict(strides=(16, 8)), r'strides \(16, 8\)'),
+    (dict(max_size=100), 'max_size 100: images are resized only with min_size'),
+    (dict(image_mean=[.5, .5]), r'image_mean \[0.5, 0.5\]: must be 3 numbers'),
+    (dict(image_std=[.5] * 3, backbone_kwargs=dict(TINY, in_chans=4)), 'image_std .* must be 4 numbers'),
 ])
 def test_wrong_arguments(kwargs, message):
     with pytest.raises(ValueError, match=message):
@@ -133,3 +136,27 @@ def test_strides_follow_the_arguments_of_the_backbone():
 def test_arguments_of_the_backbone():
     model = tiny_detector(backbone_kwargs=dict(TINY, drop_path_rate=0.5))
     assert model.backbone.body.model.stages[3].blocks[0].drop_path1.drop_prob == 0.5
+
+
+@pytest.mark.parametrize('min_size', [None, 64])
+def test_arguments_of_the_transform_are_used(min_size):
+    model = tiny_detector(min_size=min_size, image_mean=[.1, .2, .3], image_std=[.5], size_divisible=64)
+    assert (model.transform.image_mean, model.transform.image_std) == ([.1, .2, .3], [.5, .5, .5])
+    assert model.transform(batch()[0])[0].tensors.shape[-2:] == ((128, 192) if min_size is None else (128, 128))
+    assert tiny_detector(fixed_size=(64, 96)).transform(batch()[0])[0].tensors.shape[-2:] == (96, 64)
+
+
+@pytest.mark.parametrize('channels', [1, 4])
+def test_images_of_other_channels(channels):
+    model = tiny_detector(backbone_kwargs=dict(TINY, in_chans=channels))
+    assert len(model.transform.image_mean) == len(model.transform.image_std) == channels
+    images = [image[:1].expand(channels, -1, -1) for image in batch()[0]]
+    assert total(model(images, batch()[1])).isfinite()
+
+
+@pytest.mark.parametrize('name', ['fcos', 'retinanet'])
+def test_maps_of_one_pixel(name):
+    """A group norm of one channel in a group has no statistics there."""
+    model = tiny_detector(name, out_channels=32)
+    loss = total(model([torch.rand(3, 32, 32)], [targets([[4., 3., 20., 28.]], (32, 32))]))
+    assert loss.isfinite() and len(model.eval()([torch.rand(3, 32, 32)])) == 1

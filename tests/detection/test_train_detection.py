@@ -14,7 +14,9 @@ from detection_helpers import TINY, write_coco
 
 import train_detection
 from ls_vision.runtime.archives import load_checkpoint
+from ls_vision.runtime.errors import UserError
 from ls_vision.training.checkpoint import save_checkpoint
+from ls_vision.training.resume import restore
 
 ROOT = Path(__file__).parents[2]
 
@@ -95,6 +97,54 @@ def test_interrupted_and_resumed_equals_unbroken(config, tmp_path, workers):
     assert final.wait(300) == 0, final.stdout.read()
     assert codes == [128 + signal.SIGTERM, -signal.SIGKILL]
     assert_same_run(tmp_path / 'output' / 'unbroken', folder)
+
+
+def build_state(config, *argv):
+    from ls_vision.detection.config import parse_args
+    from ls_vision.runtime.processes import Processes
+    from ls_vision.training.data_record import describe_annotations
+
+    args = parse_args(['--config', str(config), *argv])
+    train_set, _ = train_detection.read_sets(args)
+    model = train_detection.build_model(args, len(train_set.class_names))
+    state = train_detection.build_state(args, model, Processes(torch.device('cpu')), updates_per_epoch=3)
+    state.class_names, state.data = train_set.class_names, describe_annotations(train_set)
+    return args, state
+
+
+def test_what_a_resumed_detector_takes_from_this_run(config, tmp_path):
+    args, state = build_state(config)
+    state.progress.epoch, state.progress.num_updates = 1, 3
+    checkpoint = state.checkpoint(args, torch.zeros(0, dtype=torch.long))
+    path = tmp_path / 'train' / 'annotations.json'
+    content = json.loads(path.read_text())
+    content['annotations'][0]['bbox'][2] -= 1
+    path.write_text(json.dumps(content))
+    args, state = build_state(config, '--lr', '4e-3', '--sched', 'constant', '--layer-decay', '.5')
+    notes = restore(state, checkpoint, args, 'last.pth.tar')
+    assert 'lr 0.002 -> 0.004' in notes[0] and 'layer_decay None -> 0.5' in notes[0]
+    assert 'the training data have changed: 6 samples as before, but other ones' in notes
+    assert max(group['lr'] for group in state.optimizer.param_groups) == 4e-3
+    state.class_names = ['disc', 'bar']
+    with pytest.raises(UserError, match=r'trained on 2 classes .*: missing square; new disc'):
+        restore(state, checkpoint, args, 'last.pth.tar')
+
+
+@pytest.mark.slow
+def test_resumed_with_other_settings_and_fewer_images(config, tmp_path, capsys):
+    run(config, '--epochs', '1')
+    path = tmp_path / 'train' / 'annotations.json'
+    content = json.loads(path.read_text())
+    dropped = content['images'].pop()['id']
+    content['annotations'] = [a for a in content['annotations'] if a['image_id'] != dropped]
+    path.write_text(json.dumps(content))
+    run(config, '--epochs', '2', '--lr', '4e-3', '--sched', 'constant', '--resume', 'auto')
+    text = capsys.readouterr().out
+    assert 'used from here on: ' in text and 'lr 0.002 -> 0.004' in text
+    assert 'the training data have changed: 6 -> 5 samples' in text
+    checkpoint = load_checkpoint(tmp_path / 'output' / 'run' / 'last.pth.tar')
+    assert {group['lr'] for group in checkpoint['optimizer']['param_groups']} == {4e-3}
+    assert checkpoint['class_names'] == ['square', 'bar']
 
 
 def test_two_processes(config, tmp_path):
@@ -195,7 +245,11 @@ def test_mask_rcnn_wants_masks_before_training(config, tmp_path):
 @pytest.mark.parametrize(('extra', 'message'), [
     (('--train-annotations', 'nowhere.json'), 'nowhere.json do not exist'),
     (('--model', 'vil_ls_tinny'), 'cannot be built'),
+    (('--model', 'local-dir:nowhere'), 'cannot be built: Config file not found: nowhere'),
     (('--crop-scale', '2', '1'), '--crop-scale'),
+    (('--max-size', '99'), '--max-size 99: images are resized only with --min-size'),
+    (('--model-kwargs', 'in_chans=1'), '--model-kwargs in_chans=1: images are read as RGB'),
+    (('--opt-kwargs', 'lr=0.1'), '--opt-kwargs lr=0.1: pass --lr'),
     (('--tile-size', '64', '--tile-overlap', '64'), '--tile-overlap 64'),
     (('--batch-size', '100'), 'exceeds the 6 samples'),
     (('--croop-size', '3'), "unknown argument --croop-size; did you mean '--crop-size'"),

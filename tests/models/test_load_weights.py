@@ -63,3 +63,29 @@ def test_averaged_weights_are_preferred(tmp_path):
     model = nn.Linear(2, 2)
     load_weights(model, tmp_path / 'w.pth')
     assert torch.equal(model.weight, averaged.weight)
+
+
+@pytest.mark.parametrize('channels', [1, 12])
+def test_weights_of_colour_images_in_models_of_other_channels(tmp_path, channels):
+    """As timm's `pretrained=True` adapts them: a grey image gives what its three equal channels gave."""
+    source = timm.create_model('vil_ls_tiny', **TOY).eval()
+    torch.save(source.state_dict(), tmp_path / 'w.pth')
+    model = timm.create_model('vil_ls_tiny', in_chans=channels, **TOY).eval()
+    load_weights(model, tmp_path / 'w.pth')
+    by_timm = timm.create_model(
+        'vil_ls_tiny', in_chans=channels, pretrained=True,
+        pretrained_cfg_overlay=dict(file=str(tmp_path / 'w.pth'), num_classes=3), **TOY)
+    for name, weight in by_timm.state_dict().items():
+        assert torch.equal(weight, model.state_dict()[name])
+    backbone = timm.create_model('vil_ls_tiny', features_only=True, feature_cls='getter', in_chans=channels, **TOY)
+    load_weights(backbone.model, tmp_path / 'w.pth', ignore_unused=True)
+    grey = torch.rand(2, 1, 32, 32)
+    torch.testing.assert_close(model(grey.expand(-1, channels, -1, -1)), source(grey.expand(-1, 3, -1, -1)))
+
+
+def test_counter_of_averages_is_no_weight(tmp_path):
+    average = torch.optim.swa_utils.AveragedModel(nn.Linear(2, 2))
+    torch.save(average.state_dict(), tmp_path / 'w.pth')
+    model = nn.Linear(2, 2)
+    load_weights(model, tmp_path / 'w.pth')
+    assert torch.equal(model.weight, average.module.weight)

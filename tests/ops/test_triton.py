@@ -20,7 +20,7 @@ import torch
 
 from ls_vision.ops.backends.reference import reference_attention
 from ls_vision.ops.backends.triton import launch as launcher
-from ls_vision.ops.backends.triton import trial, tuning
+from ls_vision.ops.backends.triton import tuning
 from ls_vision.ops.window import make_window, num_keys, num_queries
 
 pytest.importorskip('triton')

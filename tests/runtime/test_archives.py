@@ -20,7 +20,7 @@ def test_malicious_pickle_is_refused_and_runs_nothing(tmp_path, write):
     assert not (tmp_path / 'ran').exists()
 
 
-@pytest.mark.parametrize('content', [b'', b'not a checkpoint', b'PK\x03\x04 truncated'])
+@pytest.mark.parametrize('content', [b'', b'bad', b'not a checkpoint', b'PK\x03\x04 truncated'])
 def test_damaged_file(tmp_path, content):
     (tmp_path / 'bad.pth').write_bytes(content)
     with pytest.raises(UserError, match=r'bad.pth (was refused|is damaged)'):

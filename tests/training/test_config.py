@@ -26,8 +26,27 @@ def test_model_kwargs_come_from_either(tmp_path):
     assert given.model_kwargs == dict(rank=4, depths=(1, 2))
 
 
+def test_false_on_the_command_line_is_not_true(tmp_path):
+    config = write(tmp_path, '')
+    args = parse_args(['--config', config, '--model-kwargs', 'a=false', 'b=True', 'c=x', 'd=(1,2)', 'e=x=y'])
+    assert args.model_kwargs == dict(a=False, b=True, c='x', d=(1, 2), e='x=y')
+
+
 def test_numbers_that_yaml_reads_as_text(tmp_path):
     assert parse_args(['--config', write(tmp_path, 'weight_decay: 5e-4')]).weight_decay == 5e-4
+
+
+@pytest.mark.parametrize('number', ['1e-8', '2E5', '-3e2', '.5e-1', '5.e+3'])
+def test_numbers_with_exponents_in_lists_and_mappings(tmp_path, number):
+    args = parse_args(['--config', write(tmp_path, (
+        f'mean: [{number}, 1]\nopt_kwargs: {{eps: {number}}}\nmodel_kwargs: {{a: [{number}], b: {{c: {number}}}}}\n'
+        f'experiment: "{number}"\nmodel_ema_decay: {number}'))])
+    value = float(number)
+    assert (args.mean, args.opt_kwargs) == ([value, 1], dict(eps=value))
+    assert args.model_kwargs == dict(a=[value], b=dict(c=value)) and args.model_ema_decay == value
+    assert args.experiment == number
+    save_args(args, tmp_path / 'args.yaml')
+    assert parse_args(['--config', str(tmp_path / 'args.yaml')]) == args
 
 
 def test_saved_arguments_are_read_back(tmp_path):
@@ -51,6 +70,9 @@ def test_saved_arguments_are_read_back(tmp_path):
     ('model_kwargs: 3', 'model_kwargs: 3 is not `name: value` lines'),
     ('epochs: 0', '--epochs 0: must be 1 or more'),
     ('weight_decay: -1', '--weight-decay -1: must be 0 or more'),
+    ('opt_kwargs: {lr: 3}', '--opt-kwargs lr=3: pass --lr'),
+    ('mixup: 0.8\nbatch_size: 7', '--batch-size 7: must be even, since --mixup and --cutmix mix pairs'),
+    ('cutmix: 1.\nbatch_size: 1', '--batch-size 1: must be even'),
     ('device: abacus', '--device abacus cannot be used'),
     ('a: [', 'is not valid YAML'),
 ])

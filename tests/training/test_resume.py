@@ -13,6 +13,7 @@ import torch
 from training_helpers import signal_when, write_images
 
 import train_imagenet
+from ls_vision.runtime.locks import hold_folder
 
 SCRIPT = Path(train_imagenet.__file__)
 EVERYTHING_RANDOM = (  # in the loader's processes, on the batch, and in the model
@@ -45,7 +46,7 @@ def assert_same_outcome(first: Path, second: Path) -> None:
                for a, b in zip(one['processes'], other['processes'], strict=True))
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signal_saves_within_the_epoch_and_the_run_goes_on(arguments, tmp_path, capsys, number):
     arguments += ['--epochs', '2', '--workers', '0']
     unbroken = train_imagenet.main([*arguments, '--experiment', 'unbroken'])['output']
@@ -65,6 +66,13 @@ def test_finished_run_is_not_trained_again(arguments, capsys):
     before = (first['output'] / 'last.pth.tar').read_bytes()
     assert train_imagenet.main([*arguments, '--epochs', '1']) == first
     assert (first['output'] / 'last.pth.tar').read_bytes() == before
+
+
+def test_second_run_in_the_same_folder_is_refused(arguments, tmp_path):
+    (tmp_path / 'output' / 'run').mkdir(parents=True)
+    with hold_folder(tmp_path / 'output' / 'run'), pytest.raises(SystemExit, match='run is being written by another'):
+        train_imagenet.main([*arguments, '--epochs', '1'])
+    assert not list((tmp_path / 'output' / 'run').iterdir())
 
 
 def test_damaged_last_checkpoint_costs_only_what_came_after_the_one_before(arguments, capsys):

@@ -66,6 +66,12 @@ def test_compiled_model_is_trained_and_saved_under_plain_names(config):
     assert 'head.fc.weight' in torch.load(result['output'] / 'last.pth.tar')['state_dict_ema']
 
 
+def test_compiled_and_plain_runs_go_on_from_each_other(config):
+    for epochs, extra in ((1, ['--torchcompile', 'eager']), (2, []), (3, ['--torchcompile', 'eager'])):
+        result = run(config, '--epochs', epochs, '--model-ema', '--resume', 'auto', *extra)
+    assert 'head.fc.weight' in weights(result)
+
+
 def test_losses_that_are_not_finite_are_skipped_and_nothing_broken_is_saved(config, tmp_path, capsys):
     """At this learning rate no loss after the first update is finite."""
     options = ['--lr', '1e30', '--opt', 'sgd', '--epochs', 4]

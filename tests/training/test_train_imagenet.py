@@ -201,3 +201,23 @@ def test_interrupt_ends_cleanly(config, tmp_path):
     assert process.returncode == 130
     assert 'Stopped by signal 2 after update' in out and 'continue with --resume auto' in out
     assert 'Traceback' not in err
+
+
+def test_grey_images(config, image_folder, capsys):
+    kwargs = ['img_size=32', 'patch_size=4', 'embed_dims=(8,16,16,16)', 'num_heads=(1,2,2,2)', 'depths=(1,1,1,1)',
+              'window_size=2', 'rank=3']
+    argv = ['--config', str(config), '--epochs', '1', '--aa', 'rand-m5', '--reprob', '.5', '--color-jitter', '.3']
+    result = train_imagenet.main([*argv, '--model-kwargs', *kwargs, 'in_chans=1'])
+    assert "input (1, 32, 32)" in capsys.readouterr().out and result['images'] == 8
+    with pytest.raises(SystemExit, match='in_chans=4: images are read with 3 channels'):
+        train_imagenet.main([*argv, '--model-kwargs', *kwargs, 'in_chans=4'])
+    with pytest.raises(SystemExit, match='--mean or --std: mean must have one value or 3 values'):
+        train_imagenet.main([*argv, '--mean', '.5', '.5'])
+
+
+@pytest.mark.parametrize(('name', 'message'), [
+    ('local-dir:nowhere', 'Config file not found: nowhere'), ('vil_ls_tiny.wrong', "unknown tag 'wrong' of model"),
+    ('foo:bar', "Unknown model source 'foo'")])
+def test_model_that_is_nowhere(config, name, message):
+    with pytest.raises(SystemExit, match=f'error: .*{message}'):
+        run(config, '--model', name, '--model-kwargs')

@@ -12,15 +12,9 @@ import argparse
 import sys
 from pathlib import Path
 
-import numpy as np
-import timm
-from PIL import Image
-from timm.utils import ParseKwargs
-from torch import nn
-
-from ls_vision.analysis import attention_sheet, pictures
-from ls_vision.analysis.zoo import check_model, default_size, parse_size
-from ls_vision.runtime.errors import UserError, first_line
+from ls_vision.runtime.arguments import KeyValues
+from ls_vision.runtime.errors import UserError
+from ls_vision.runtime.files import atomic_write, check_output
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--model', default='vil_ls_medium', help='model of this package (default: %(default)s)')
     parser.add_argument('--checkpoint', type=Path, help='weights to load; random weights without it')
     parser.add_argument(
-        '--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='NAME=VALUE',
+        '--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='NAME=VALUE',
         help='arguments that the model was built with')
     parser.add_argument(
         '--img-size', metavar='SIZE',
@@ -39,35 +33,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         '--pixel', type=int, nargs=2, metavar=('ROW', 'COLUMN'), help='query pixel in the file (default: its centre)')
     parser.add_argument(
         '--out', type=Path, default=Path('attention.png'),
-        help='file of the sheet; the arrays are written beside it as .npz (default: %(default)s)')
+        help='.png file of the sheet; the arrays are written beside it as .npz (default: %(default)s)')
 
 
 def run(args: argparse.Namespace) -> None:
+    out, arrays = check_outputs(args)
+
+    import numpy as np
+
+    from ls_vision.analysis import attention_sheet, pictures, zoo
+
     pictures.check_available()
-    model = load_model(args)
-    shorter = min(getattr(model, 'img_size', default_size(args.model)))
-    size = None if args.img_size is None else parse_size(args.img_size)
+    model = zoo.load(args.model, args.checkpoint, args.model_kwargs)
+    shorter = min(getattr(model, 'img_size', zoo.default_size(args.model)))
+    size = None if args.img_size is None else zoo.parse_size(args.img_size)
     image = attention_sheet.load_image(args.image, size, shorter)
     weights = f'weights of {args.checkpoint.name}' if args.checkpoint else 'random weights'
     title = f'{args.model}, {weights}: {args.image.name} at {image.shape[1]} x {image.shape[2]}'
     sheet = attention_sheet.look(model, image, args.stage, args.block, share_of_image(args), title)
-    attention_sheet.draw(sheet, args.out)
-    arrays = args.out.with_suffix('.npz')
-    np.savez_compressed(arrays, **sheet.arrays())  # type: ignore[arg-type]
+    attention_sheet.draw(sheet, out)
+    with atomic_write(arrays) as file:
+        np.savez_compressed(file, **sheet.arrays())  # type: ignore[arg-type]
     if not args.checkpoint:
         print('No --checkpoint: this is the attention of an untrained model.', file=sys.stderr)
-    print(f'{args.out}, {arrays}')
+    print(f'{out}, {arrays}')
 
 
-def load_model(args: argparse.Namespace) -> nn.Module:
-    """Raises UserError where there is no such model or the weights do not fit."""
-    check_model(args.model)
-    if args.checkpoint is not None and not args.checkpoint.is_file():
-        raise UserError(f'--checkpoint {args.checkpoint}: no such file')
-    try:
-        return timm.create_model(args.model, checkpoint_path=args.checkpoint, **args.model_kwargs).eval()
-    except (KeyError, OSError, RuntimeError, TypeError, ValueError) as e:
-        raise UserError(f'{args.model} cannot be built with these arguments and weights: {first_line(e)}') from e
+def check_outputs(args: argparse.Namespace) -> tuple[Path, Path]:
+    """The files of the sheet and of the arrays. Raises UserError where they cannot be written."""
+    out = check_output(args.out, '--out', '.png')
+    if out.exists() and args.image.exists() and out.samefile(args.image):
+        raise UserError(f'--out {out}: is the picture itself, which would be overwritten')
+    return out, out.with_suffix('.npz')
 
 
 def share_of_image(args: argparse.Namespace) -> tuple[float, float] | None:
@@ -78,6 +75,9 @@ def share_of_image(args: argparse.Namespace) -> tuple[float, float] | None:
     """
     if args.pixel is None:
         return None
+
+    from PIL import Image
+
     with Image.open(args.image) as image:
         width, height = image.size
     row, col = args.pixel

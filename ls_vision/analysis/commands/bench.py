@@ -9,19 +9,19 @@ Every measurement runs in a fresh process. Each result is also written to a file
 import argparse
 import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from ls_vision.analysis import scale
 from ls_vision.analysis.tables import FORMATS, render
-from ls_vision.analysis.worker import MODES, Settings, available_memory
-from ls_vision.analysis.zoo import ImageSize, check_model, default_size, parse_size, size_name
-from ls_vision.runtime.devices import check_device
+from ls_vision.runtime.arguments import positive_int, positive_number
+
+if TYPE_CHECKING:
+    from ls_vision.analysis.worker import Settings
+
+MODES = ('inference', 'training')  # as in `ls_vision.analysis.worker`, which imports torch
 
 COLUMNS = {
     'model': lambda row: row['model'],
-    'img size': lambda row: size_name(tuple(row['img_size'])),
+    'img size': lambda row: _size_name(row['img_size']),
     'batch': lambda row: row['batch_size'],
     'mode': lambda row: row['mode'],
     'GMAC': lambda row: f'{row["macs"] / 1e9:.2f}',
@@ -47,18 +47,21 @@ def add_measuring_arguments(parser: argparse.ArgumentParser, seconds: float, rou
     parser.add_argument('--device', default='cpu', choices=['cpu', 'cuda'], help='default: %(default)s')
     parser.add_argument('--dtype', default='float32', choices=['float32', 'bfloat16', 'float16'])
     parser.add_argument(
-        '--threads', type=positive_int, default=torch.get_num_threads(), help='CPU threads (default: %(default)s)')
+        '--threads', type=positive_int, metavar='N', help='CPU threads (default: as many as PyTorch takes by itself)')
     parser.add_argument(
-        '--seconds', type=float, default=seconds,
+        '--seconds', type=positive_number, default=seconds,
         help='time per measurement after a warm-up call; longer calls are made once (default: %(default)s)')
     parser.add_argument(
         '--rounds', type=positive_int, default=rounds, help='rounds over all models (default: %(default)s)')
     parser.add_argument(
-        '--memory-limit', type=float, metavar='GIB',
+        '--memory-limit', type=positive_number, metavar='GIB',
         help='memory limit of a process on the CPU (default: nine tenths of the free memory)')
 
 
 def run(args: argparse.Namespace) -> None:
+    from ls_vision.analysis import scale
+    from ls_vision.analysis.zoo import default_size
+
     now = f'{datetime.datetime.now():%Y-%m-%d_%H%M%S}'
     results = scale.Results.create(args.out or Path(f'output/bench/{now}.json'), settings(args), resume=False)
     sizes = parse_sizes(args)
@@ -72,24 +75,30 @@ def run(args: argparse.Namespace) -> None:
             print(render(args.format, results.rows, COLUMNS), flush=True)
 
 
-def parse_sizes(args: argparse.Namespace) -> list[ImageSize]:
+def parse_sizes(args: argparse.Namespace) -> list[tuple[int, int]]:
     """The given sizes. Raises UserError for an invalid size or an unknown model."""
+    from ls_vision.analysis.zoo import check_model, parse_size
+
     for name in args.models:
         check_model(name)
     return [parse_size(text) for text in args.img_size or ()]
 
 
-def settings(args: argparse.Namespace) -> Settings:
+def settings(args: argparse.Namespace) -> 'Settings':
     """Raises UserError where the device cannot be used."""
+    import torch
+
+    from ls_vision.analysis.worker import Settings, available_memory
+    from ls_vision.runtime.devices import check_device
+
     check_device(args.device)
     limit = available_memory() if args.memory_limit is None else args.memory_limit * 2 ** 30 / 0.9
     return Settings(
-        device=args.device, dtype=args.dtype, threads=args.threads, seconds=args.seconds,
+        device=args.device, dtype=args.dtype, threads=args.threads or torch.get_num_threads(), seconds=args.seconds,
         memory_limit=int(0.9 * (limit or 2 ** 62)))
 
 
-def positive_int(text: str) -> Any:
-    """The value of an argument that must be 1 or more."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f'{text!r}: expected a whole number of 1 or more')
-    return int(text)
+def _size_name(size: Any) -> str:
+    from ls_vision.analysis.zoo import size_name
+
+    return size_name(tuple(size))

@@ -10,14 +10,12 @@ need no memory.
 """
 import argparse
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
-from ls_vision.analysis.flops import Count, count
-from ls_vision.analysis.formulas import PARTS
 from ls_vision.analysis.tables import FORMATS, comma_separated, giga, json_lines, markdown
-from ls_vision.analysis.zoo import check_model, default_size, parse_size, size_name
+
+if TYPE_CHECKING:
+    from ls_vision.analysis.flops import Count
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from ls_vision.analysis.flops import count
+    from ls_vision.analysis.zoo import check_model, default_size, parse_size
+
     sizes = [parse_size(text) for text in args.img_size or ()]
     for name in args.models:
         check_model(name)
@@ -41,14 +44,17 @@ def run(args: argparse.Namespace) -> None:
         print(json_lines(rows) if args.format == 'json' else comma_separated(rows))
 
 
-def as_row(result: Count) -> dict[str, Any]:
+def as_row(result: 'Count') -> dict[str, Any]:
     """All entries of a count; `img_size` is a number for a square image, otherwise [height, width]."""
     height, width = result.img_size
     return dict(asdict(result), img_size=height if height == width else [height, width])
 
 
-def report(counts: list[Count]) -> str:
+def report(counts: 'list[Count]') -> str:
     """A report by kind of operation and by stage, in GMAC."""
+    from ls_vision.analysis.formulas import PARTS
+    from ls_vision.analysis.zoo import size_name
+
     head = {
         'model': lambda c: c.model,
         'img size': lambda c: size_name(c.img_size),

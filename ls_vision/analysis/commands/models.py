@@ -6,11 +6,7 @@
 import argparse
 from typing import Any
 
-from tqdm import tqdm
-
-from ls_vision.analysis.flops import count
 from ls_vision.analysis.tables import FORMATS, giga, render
-from ls_vision.analysis.zoo import PUBLISHED, default_size, own_models, size_name
 
 COLUMNS = {
     'model': lambda row: row['model'],
@@ -31,6 +27,11 @@ def run(args: argparse.Namespace) -> None:
 
 def rows() -> list[dict[str, Any]]:
     """Every model of this package at its configured size; accuracy is None where none has been published."""
+    from tqdm import tqdm
+
+    from ls_vision.analysis.flops import count
+    from ls_vision.analysis.zoo import PUBLISHED, default_size, own_models, size_name
+
     out = []
     for name in tqdm(own_models(), desc='counting', unit='model', leave=False, disable=None):
         size = default_size(name)

@@ -12,7 +12,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from ls_vision.analysis import pictures, report, scale
 from ls_vision.analysis.commands.bench import add_measuring_arguments, parse_sizes, settings
 
 MODELS = [
@@ -35,6 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from ls_vision.analysis import pictures, report, scale
+
     pictures.check_available()
     points = scale.plan(args.models, parse_sizes(args), args.batch_size, args.mode)
     results = scale.Results.create(args.out / 'results.json', settings(args), args.resume)

@@ -68,10 +68,10 @@ def resolve(
             if reason is not None:
                 raise ValueError(f"{source} is {asked!r}, which can't run here: {reason}. Use 'blocked'.")
             return BACKENDS[asked]
-    if _prefers_triton(query) and triton.why_not(query, window, with_grad, with_lse) is None:
-        if triton.failure(query, window, additional, bias) is None:
-            return BACKENDS['triton']
-    return BACKENDS['blocked']
+    takes_triton = (
+        _prefers_triton(query) and triton.why_not(query, window, with_grad, with_lse) is None
+        and triton.failure(query, window, additional, bias) is None)
+    return BACKENDS['triton' if takes_triton else 'blocked']
 
 
 def _prefers_triton(query: Tensor) -> bool:
