@@ -21,12 +21,14 @@ class Backend(NamedTuple):
     why_not: Callable[[Tensor, Window, bool, bool], Optional[str]]
     """(query, window, with_grad, with_lse) -> why it can't compute this here, None where it can. Never raises."""
     forward: Callable[..., Tuple[Tensor, Tensor]]
-    """(query, pair, window, additional, bias, scale, with_lse) -> (out, lse)."""
+    """(query, pair, window, additional, bias, scale, with_lse, padding) -> (out, lse)."""
     backward: Optional[Callable[..., Gradients]] = None
-    """(grad_out, grad_lse, query, pair, window, additional, bias, scale, out, lse) -> gradients of query, pair,
-    additional and bias. None where autograd differentiates the forward function."""
+    """(grad_out, grad_lse, query, pair, window, additional, bias, scale, out, lse, padding) -> gradients of query,
+    pair, additional and bias. None where autograd differentiates the forward function."""
     keeps_lse: bool = False
     """The backward pass needs the log-sum-exp, so forward returns it whether asked for or not."""
+    takes_padding: bool = True
+    """Otherwise the functions have no last argument `padding`."""
 
 
 def _always(query: Tensor, window: Window, with_grad: bool, with_lse: bool) -> Optional[str]:
@@ -38,11 +40,18 @@ BACKENDS: Dict[str, Backend] = {backend.name: backend for backend in (
     Backend('composite', _always, composite.composite_attention),
     Backend('blocked', _always, blocked.blocked_forward, blocked.blocked_backward),
     Backend('flex', flex.why_not, flex.flex_forward),
-    Backend('triton', triton.why_not, triton.forward, triton.backward, keeps_lse=True),
+    Backend('triton', triton.why_not, triton.forward, triton.backward, keeps_lse=True, takes_padding=False),
 )}
 
 
-def resolve(name: Optional[str], query: Tensor, window: Window, with_grad: bool, with_lse: bool) -> Backend:
+def resolve(
+        name: Optional[str],
+        query: Tensor,
+        window: Window,
+        with_grad: bool,
+        with_lse: bool,
+        with_padding: bool = False,
+) -> Backend:
     """The backend of that name; by default the one in the environment, else Triton's kernels on a GPU, else `blocked`.
 
     Raises:
@@ -53,8 +62,10 @@ def resolve(name: Optional[str], query: Tensor, window: Window, with_grad: bool,
             if asked not in BACKENDS:
                 raise ValueError(f'{source} is {asked!r}, expected one of {", ".join(BACKENDS)}.')
             reason = BACKENDS[asked].why_not(query, window, with_grad, with_lse)
+            if with_padding and not BACKENDS[asked].takes_padding:
+                reason = 'it takes no padding'
             if reason is not None:
                 raise ValueError(f"{source} is {asked!r}, which can't run here: {reason}. Use 'blocked'.")
             return BACKENDS[asked]
-    use_triton = query.is_cuda and triton.why_not(query, window, with_grad, with_lse) is None
+    use_triton = query.is_cuda and not with_padding and triton.why_not(query, window, with_grad, with_lse) is None
     return BACKENDS['triton' if use_triton else 'blocked']

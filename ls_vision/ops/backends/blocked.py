@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import chunks
-from ..numerics import statistics_dtype
+from ..numerics import masked_logit, statistics_dtype
 from ..window import Window, WindowRun, key_size, window_runs
 
 MAX_KEPT_TILES = 512  # views of buffers, a few for each shape of block
@@ -243,6 +243,7 @@ def blocked_forward(
         bias: Optional[Tensor],
         scale: float,
         with_lse: bool,
+        padding: Optional[Tensor] = None,
 ) -> Tuple[Tensor, Tensor]:
     """Output and, if asked for, log-sum-exp of `ls_vision.ops.attention.attend`, which describes the arguments."""
     B, H, W, h, d = query.shape
@@ -256,7 +257,7 @@ def blocked_forward(
     take = functools.partial(_buffers.take, like=query, dtype=dtype)
     masks = clipped_biases(bias, (H, W), window, M, dtype)
     for chunk in chunks_of(query, window, M):
-        mask = masks.get((chunk.row_run, chunk.col_run))
+        mask = _with_padding(masks.get((chunk.row_run, chunk.col_run)), padding, chunk, M, h, dtype)
         n, Q, J = chunk.num_windows, chunk.num_queries, M + chunk.num_keys
         if by_products:
             # head by head, the layout for products of many small matrices
@@ -282,8 +283,25 @@ def blocked_forward(
     return out, lse.squeeze(-1).permute(0, 3, 1, 2).contiguous() if with_lse else lse
 
 
+def _with_padding(
+        mask: Optional[Tensor],
+        padding: Optional[Tensor],
+        chunk: WindowChunk,
+        num_additional: int,
+        num_heads: int,
+        dtype: torch.dtype,
+) -> Optional[Tensor]:
+    """(n, h, Q, J), the (1, h, Q, J) bias of a chunk's windows without weight for keys that are padding."""
+    if padding is None:
+        return mask
+    masked = F.pad(chunk.keys(padding).reshape(-1, 1, 1, chunk.num_keys), (num_additional, 0))  # (n, 1, 1, J)
+    if mask is None:
+        mask = torch.zeros(1, num_heads, chunk.num_queries, 1, dtype=dtype, device=padding.device)
+    return torch.where(masked, masked_logit(dtype), mask)
+
+
 def _fill_logits(p: Tensor, q: Tensor, k: Tensor, mask: Optional[Tensor], scale: float) -> None:
-    """Fills p (n * h, Q, J) with scale * q k^T + mask; mask is (1, h, Q, J)."""
+    """Fills p (n * h, Q, J) with scale * q k^T + mask; mask is (1 or n, h, Q, J)."""
     if mask is not None:
         p.view(-1, *mask.shape[1:]).copy_(mask)
     torch.baddbmm(p, q, k.transpose(1, 2), beta=float(mask is not None), alpha=scale, out=p)
@@ -300,6 +318,7 @@ def blocked_backward(
         scale: float,
         out: Tensor,
         lse: Tensor,
+        padding: Optional[Tensor] = None,
 ) -> Tuple[Tensor, Tensor, Optional[Tensor], Optional[Tensor]]:
     """Gradients of query, keys and values, additional ones, and bias, computed in float32 (doubles in double)."""
     B, H, W, h, d = query.shape
@@ -314,7 +333,7 @@ def blocked_backward(
     if grad_lse is not None:
         grad_lse = grad_lse.permute(0, 2, 3, 1).unsqueeze(-1)  # (B, H, W, h, 1)
     for chunk in chunks_of(query, window, M):
-        mask = masks.get((chunk.row_run, chunk.col_run))
+        mask = _with_padding(masks.get((chunk.row_run, chunk.col_run)), padding, chunk, M, h, dtype)
         # head by head, the layout for products of many small matrices
         n, Q, J = chunk.num_windows, chunk.num_queries, M + chunk.num_keys
         q, do, dq = (take(name, shape=(n * h, Q, d)) for name in ('q', 'do', 'dq'))
