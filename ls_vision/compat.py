@@ -1,10 +1,12 @@
 """Drop-in replacements for the released implementation's modules and arch strings."""
-from typing import Any, Dict, Optional, Tuple
+from types import SimpleNamespace
+from typing import Any, Dict, Mapping, Optional, Tuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .layers import LongShortAttention2d
+from .layers import LongShortAttention1d, LongShortAttention2d
+from .layers.checks import check_tokens
 
 
 class AttentionLS(LongShortAttention2d):
@@ -108,6 +110,77 @@ def _grid(num_tokens: int, nx: Optional[int], ny: Optional[int]) -> Tuple[int, i
     if nx * ny != num_tokens:
         raise ValueError(f'{num_tokens} local tokens do not make a grid of nx {nx} x ny {ny}.')
     return nx, ny
+
+
+class SequenceAttentionLS(LongShortAttention1d):
+    """The released bidirectional attention over sequences, called AttentionLS there: constructor, call, state dict.
+
+    Beyond the released module it takes any length, also one that the window does not divide, and rows without any token
+    are finite.
+    """
+
+    def __init__(self, config: Any, device=None, dtype=None):
+        """
+        Args:
+            config: Attributes (or a mapping) `transformer_dim`, `num_head`, `head_dim`, `num_landmarks` (the rank),
+                `window_size`, and where they differ from what is said here `pooling_mode` ('MEAN'; 'CLS' makes the
+                first token of the sequence the cls token), `cls_token` (False), `attention_dropout` (0) and
+                `conv_kernel_size` (-1, none). `max_seq_len` and `fp32_attn` change nothing: any length is taken, and
+                softmax and its sums are float32 always.
+
+        Raises:
+            ValueError: A value is out of range or does not fit another.
+        """
+        config = SimpleNamespace(**config) if isinstance(config, Mapping) else config
+        dim, heads, width = config.transformer_dim, config.num_head, config.head_dim
+        if dim != heads * width:
+            raise ValueError(f'transformer_dim is {dim}, expected num_head * head_dim = {heads} * {width}.')
+        self.cls_from_seq = getattr(config, 'pooling_mode', 'MEAN').lower() == 'cls'
+        if self.cls_from_seq and getattr(config, 'cls_token', False):
+            raise ValueError("pooling_mode is 'CLS' and cls_token is True, expected one of the two.")
+        rank = max(config.num_landmarks, 0)
+        super().__init__(
+            dim,
+            heads,
+            window_size=max(config.window_size, 0),
+            rank=rank,
+            conv_kernel_size=max(getattr(config, 'conv_kernel_size', -1), 0),
+            attn_drop=getattr(config, 'attention_dropout', 0.),
+            device=device,
+            dtype=dtype,
+        )
+        if rank == 0:
+            # released state dicts have it, without rows; `nn.Linear(dim, 0)` would warn
+            linear = self.dconv_fc = nn.Linear(dim, 1, device=device, dtype=dtype)
+            linear.out_features = 0
+            linear.weight, linear.bias = (
+                nn.Parameter(p.detach()[:0], requires_grad=False) for p in (linear.weight, linear.bias))
+
+    def forward(  # type: ignore[override]
+            self,
+            X: Tensor,
+            mask: Tensor,
+            cls_embed: Optional[Tensor] = None,
+    ) -> Tensor:
+        """
+        Args:
+            X: (B, N, C), normalised; with `pooling_mode='CLS'` the first token is the cls token.
+            mask: (B, N) of any type, 1 or True for a TOKEN and 0 or False for padding.
+            cls_embed: (B, 1, C), the cls token, not normalised; None for none.
+
+        Returns:
+            (B, N, C), with `cls_embed` (B, 1 + N, C), the cls token first.
+
+        Raises:
+            ValueError: A shape does not fit.
+        """
+        check_tokens('X', X, self.dim)
+        if mask.shape != X.shape[:2]:
+            raise ValueError(f'mask has shape {list(mask.shape)}, expected {list(X.shape[:2])}, 1 for each token of X.')
+        if self.cls_from_seq:
+            X, mask, cls_embed = X[:, 1:], mask[:, 1:], X[:, :1]
+        out = super().forward(X, mask == 0, cls_embed)
+        return torch.cat([out[1], out[0]], dim=1) if isinstance(out, tuple) else out
 
 
 def arch_to_model_args(arch: str) -> Dict[str, Any]:
