@@ -4,9 +4,11 @@ from typing import Any, Dict, Mapping, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from .layers import LongShortAttention1d, LongShortAttention2d
+from .layers import CausalLongShortAttention1d, LongShortAttention1d, LongShortAttention2d
 from .layers.checks import check_tokens
+from .ops.numerics import to_autocast
 
 
 class AttentionLS(LongShortAttention2d):
@@ -181,6 +183,118 @@ class SequenceAttentionLS(LongShortAttention1d):
             X, mask, cls_embed = X[:, 1:], mask[:, 1:], X[:, :1]
         out = super().forward(X, mask == 0, cls_embed)
         return torch.cat([out[1], out[0]], dim=1) if isinstance(out, tuple) else out
+
+
+class ChunkedLSAttention(CausalLongShortAttention1d):
+    """The released causal attention: its constructor, its call, its state-dict keys.
+
+    Beyond the released module it takes segments of any length and memories of any number of chunks, none included.
+    """
+    allows_gap = True  # as the released module does
+
+    def __init__(
+            self,
+            d_model: int,
+            n_head: int,
+            chunk_size: int,
+            chunk_rank: int,
+            window_len: int,
+            dropout: float,
+            grad_chk: bool = False,
+            use_bias: bool = False,
+            dp_attn: float = 0,
+            probing: bool = False,
+            device=None,
+            dtype=None,
+    ):
+        """
+        Args:
+            d_model: Channels of the tokens.
+            n_head: Number of heads.
+            chunk_size: Tokens of a chunk.
+            chunk_rank: Summaries of a chunk.
+            window_len: Tokens that a token sees, itself included.
+            dropout: Dropout rate of the output.
+            grad_chk: Compute everything again for the backward pass instead of keeping it.
+            use_bias: Add a bias to queries, keys, values and the output.
+            dp_attn: Dropout rate of the attention weights.
+            probing: Changes nothing; it chose a norm's implementation.
+
+        Raises:
+            ValueError: An argument is out of range or does not fit another.
+        """
+        super().__init__(
+            d_model,
+            n_head,
+            window_size=window_len,
+            chunk_size=chunk_size,
+            chunk_rank=chunk_rank,
+            summaries='released',
+            bias=use_bias,
+            attn_drop=dp_attn,
+            proj_drop=dropout,
+            device=device,
+            dtype=dtype,
+        )
+        self.grad_chk = grad_chk
+
+    def forward(  # type: ignore[override]
+            self,
+            h: Tensor,
+            h_cache: Tensor,
+            key_pe: Tensor,
+            pos_embed_window: Tensor,
+            chunked_attn_mask: Optional[Tensor] = None,
+    ) -> Tensor:
+        """
+        Args:
+            h: (B, M, C), the segment, normalised.
+            h_cache: (B, L, C), the tokens before it, normalised alike; L a multiple of the chunk size. All of them are
+                attended to, the zeros of an empty memory as well.
+            key_pe: (1, n, C), sinusoids of the distances n - 1 .. 0 between summaries, n of them in memory and segment.
+            pos_embed_window: (1, window_len, C), sinusoids of the distances window_len - 1 .. 0.
+            chunked_attn_mask: Changes nothing: a token sees the summaries of the chunks before its own, as with the
+                mask that the released model hands over.
+
+        Returns:
+            (B, M, C).
+
+        Raises:
+            ValueError: A shape does not fit.
+        """
+        check_tokens('h', h, self.dim)
+        check_tokens('h_cache', h_cache, self.dim, h.shape[0])
+        L, M, c = h_cache.shape[1], h.shape[1], self.chunk_size
+        if L % c:
+            raise ValueError(f'h_cache has {L} tokens, expected a multiple of chunk_size {c}.')
+        num_summaries = (L + M) // c * self.chunk_rank
+        expected = (('key_pe', key_pe, num_summaries), ('pos_embed_window', pos_embed_window, self.window_size))
+        for name, x, count in expected:
+            if x.shape != (1, count, self.dim):
+                raise ValueError(f'{name} has shape {list(x.shape)}, expected [1, {count}, {self.dim}].')
+        if self.grad_chk and torch.is_grad_enabled():
+            return checkpoint(self._attend_to_cache, h, h_cache, key_pe, pos_embed_window, use_reentrant=False)
+        return self._attend_to_cache(h, h_cache, key_pe, pos_embed_window)
+
+    def _attend_to_cache(self, h: Tensor, h_cache: Tensor, key_pe: Tensor, pos_embed_window: Tensor) -> Tensor:
+        h, h_cache = to_autocast(h), to_autocast(h_cache)
+        assert self.r_net_chunk is not None
+        # keys and values of the whole memory are not needed, only those of its last tokens
+        query, raw, scores = self._project(h)
+        _, recent, _ = self._project(h_cache[:, max(h_cache.shape[1] - (self.window_size - 1), 0):])
+        pair = self._window_pair(torch.cat([recent, raw], dim=1))
+        summaries = []
+        if h_cache.shape[1]:
+            assert self.dconv_1 is not None
+            of_cache = self.dconv_1(h_cache).unflatten(-1, (self.num_heads, self.chunk_rank))
+            summaries.append(self._remembered_summaries(h_cache, of_cache))
+        finished, _ = self._pool(raw, scores, None, keep=False)
+        if finished is not None:
+            summaries.append(finished)
+        out = self._attend_at(
+            query, pair, torch.cat(summaries, dim=1) if summaries else pair[:, :0], h_cache.shape[1],
+            self.r_net(pos_embed_window)[0].flip(0), self.r_net_chunk(key_pe)[0].flip(0))
+        return self._output(out)
 
 
 def arch_to_model_args(arch: str) -> Dict[str, Any]:

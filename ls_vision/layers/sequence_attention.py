@@ -209,7 +209,7 @@ def joint_linear(maps: List[nn.Linear], x: Tensor, parts: List[int]) -> List[Ten
     """Linear maps of the same tokens by one product, as fast as one map of their joint width.
 
     Args:
-        maps: Linear maps, all with or all without bias.
+        maps: Linear maps.
         x: (B, N, C).
         parts: How many maps, in their order, give one result together.
 
@@ -218,8 +218,10 @@ def joint_linear(maps: List[nn.Linear], x: Tensor, parts: List[int]) -> List[Ten
     """
     if all(cpu.is_unmodified(module, nn.Linear) for module in maps):
         weight = torch.cat([module.weight for module in maps])
-        biases: List[Tensor] = [module.bias for module in maps if module.bias is not None]
-        outputs = [F.linear(x, weight, torch.cat(biases) if biases else None)]
+        biases: List[Tensor] = [
+            weight.new_zeros(module.out_features) if module.bias is None else module.bias for module in maps]
+        has_bias = any(module.bias is not None for module in maps)
+        outputs = [F.linear(x, weight, torch.cat(biases) if has_bias else None)]
         widths = [module.out_features for module in maps]
     else:  # adapters, quantised maps, hooks
         outputs = [module(x) for module in maps]
