@@ -187,7 +187,7 @@ class CausalLongShortAttention1d(nn.Module):
         finished, open_part = self._pool(raw, scores, state, keep)
         new = [] if finished is None else [finished]
         known = [] if state is None else [state.summaries]
-        summaries = torch.cat(known + new, dim=1) if known + new else pair[:, :0]
+        summaries = torch.cat(known + new, dim=1) if known + new else pair.new_empty(x.shape[0], 0, *pair.shape[2:])
         out = self._attend(query, pair, summaries, start)
         if not keep:
             return out, None
@@ -338,7 +338,8 @@ def _pool_part(scores: Tensor, tokens: Tensor) -> Part:
 
 def _pool_chunks(scores: Tensor, tokens: Tensor, chunk_size: int) -> Tensor:
     """The weighted means of whole chunks, (B, h, G, r, kinds * d); arguments as in `_pool_part`."""
-    B = scores.shape[0]
-    scores = scores.unflatten(1, (-1, chunk_size)).flatten(0, 1).permute(0, 2, 3, 1)  # (B * G, h, r, c)
-    sums, _ = summarize(scores, tokens.unflatten(1, (-1, chunk_size)).flatten(0, 1))  # (B * G, h, r, kinds * d)
-    return sums.unflatten(0, (B, -1)).transpose(1, 2)
+    B, num_chunks = scores.shape[0], scores.shape[1] // chunk_size
+    scores = scores.unflatten(1, (num_chunks, chunk_size)).flatten(0, 1).permute(0, 2, 3, 1)  # (B * G, h, r, c)
+    tokens = tokens.unflatten(1, (num_chunks, chunk_size)).flatten(0, 1)
+    sums, _ = summarize(scores, tokens)  # (B * G, h, r, kinds * d)
+    return sums.unflatten(0, (B, num_chunks)).transpose(1, 2)

@@ -41,7 +41,7 @@ class CausalGeometry(NamedTuple):
 
     def num_visible(self, last_query: int) -> int:
         """Summaries that a query sees, by its number among those of the call."""
-        return (self.start + last_query) // self.chunk_size * self.rank
+        return max(self.start + last_query, 0) // self.chunk_size * self.rank  # a call may have no query
 
 
 def causal_attention(
@@ -101,7 +101,7 @@ def dense_causal_attention(
     statistics = statistics_dtype(query)
     q = query.to(statistics).transpose(1, 2) * scale  # (B, h, M, d)
     k, v = pair.to(statistics).permute(2, 0, 3, 1, 4).unbind(0)  # (B, h, L + M, d)
-    S = min(geometry.num_visible(M - 1), summaries.shape[1]) if M > 0 else 0
+    S = geometry.num_visible(M - 1)
     k_s, v_s = summaries[:, :S].to(statistics).permute(2, 0, 3, 1, 4).unbind(0)  # (B, h, S, d)
     u, v_bias = (t.to(statistics)[None, :, None] for t in (key_bias, position_bias))
     by_distance, by_summary = (

@@ -102,7 +102,7 @@ def _summarize_backward(grad: Tensor, weights: Tensor, tokens: Tensor) -> Tuple[
         # (images, h, r, n * d), both kinds by one product
         both = grad[i].permute(0, 2, 3, 1, 4).reshape(-1, h, r, n * d)
         product = weights[i].transpose(2, 3) @ both  # (images, h, N, n * d)
-        grad_tokens[i].copy_(product.view(-1, h, N, n, d).permute(0, 2, 3, 1, 4))
+        grad_tokens[i].copy_(product.view(product.shape[0], h, N, n, d).permute(0, 2, 3, 1, 4))
     return grad_weights, grad_tokens
 
 
