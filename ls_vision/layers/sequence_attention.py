@@ -230,4 +230,5 @@ def joint_linear(maps: List[nn.Linear], x: Tensor, parts: List[int]) -> List[Ten
     for part in parts:
         sizes.append(sum(widths[position:position + part]))
         position += part
-    return list(torch.cat(outputs, dim=-1).split(sizes, dim=-1))
+    joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+    return list(joined.split(sizes, dim=-1))

@@ -19,6 +19,7 @@ from torch import Tensor
 from .. import chunks
 from ..numerics import masked_logit, statistics_dtype
 from ..window import Window, WindowRun, key_size, window_runs
+from . import row as one_row
 
 MAX_KEPT_TILES = 512  # views of buffers, a few for each shape of block
 
@@ -257,6 +258,9 @@ def blocked_forward(
     take = functools.partial(_buffers.take, like=query, dtype=dtype)
     masks = clipped_biases(bias, (H, W), window, M, dtype)
     for chunk in chunks_of(query, window, M):
+        if one_row.takes(query, bias, with_lse, chunk):
+            one_row.forward(out, query, pair, additional, padding, chunk, scale, take)
+            continue
         mask = _with_padding(masks.get((chunk.row_run, chunk.col_run)), padding, chunk, M, h, dtype)
         n, Q, J = chunk.num_windows, chunk.num_queries, M + chunk.num_keys
         if by_products:
@@ -333,6 +337,10 @@ def blocked_backward(
     if grad_lse is not None:
         grad_lse = grad_lse.permute(0, 2, 3, 1).unsqueeze(-1)  # (B, H, W, h, 1)
     for chunk in chunks_of(query, window, M):
+        if one_row.takes(query, bias, grad_lse is not None, chunk):
+            one_row.backward(
+                grad_out, query, pair, additional, padding, chunk, scale, take, grad_q, grad_pair, grad_additional)
+            continue
         mask = _with_padding(masks.get((chunk.row_run, chunk.col_run)), padding, chunk, M, h, dtype)
         # head by head, the layout for products of many small matrices
         n, Q, J = chunk.num_windows, chunk.num_queries, M + chunk.num_keys
