@@ -20,7 +20,7 @@ from . import cpu
 from .causal_state import CausalState
 from .checks import check_at_least, check_choice, check_heads, check_tokens
 from .norm import DualLayerNorm
-from .sequence_attention import joint_linear
+from .sequence_attention import keys_and_values
 from .sinusoids import distance_vectors
 
 SUMMARIES = ('uniform', 'released')
@@ -202,14 +202,10 @@ class CausalLongShortAttention1d(nn.Module):
     def _project(self, x: Tensor) -> Tuple[Tensor, Tensor, Optional[Tensor]]:
         """Queries (B, N, h, d), keys and values (B, N, 2, h, d), not normalised, and scores (B, N, h, r)."""
         h = self.num_heads
-        maps: List[nn.Linear] = [self.proj_query, self.proj_key, self.proj_val]
-        if self.dconv_1 is None:
-            q, kv = joint_linear(maps, x, [1, 2])
-            scores = None
-        else:
-            q, kv, flat = joint_linear([*maps, self.dconv_1], x, [1, 2, 1])
-            scores = flat.unflatten(-1, (h, self.chunk_rank))
-        return q.unflatten(-1, (h, -1)), kv.unflatten(-1, (2, h, -1)), scores
+        q = cpu.linear(self.proj_query, x).unflatten(-1, (h, -1))
+        kv = keys_and_values(self.proj_key, self.proj_val, x).unflatten(-1, (h, -1))
+        scores = None if self.dconv_1 is None else cpu.linear(self.dconv_1, x).unflatten(-1, (h, self.chunk_rank))
+        return q, kv, scores
 
     def _window_pair(self, raw: Tensor) -> Tensor:
         """Normalised keys and values (B, N, 2, h, d)."""
@@ -261,8 +257,7 @@ class CausalLongShortAttention1d(nn.Module):
         tokens = x.unflatten(-1, (1, h, -1))  # (B, N, 1, h, d)
         pooled = _pool_chunks(scores, tokens, self.chunk_size)  # (B, h, G, r, d)
         pooled = pooled.permute(0, 2, 3, 1, 4).flatten(3).flatten(1, 2)  # (B, S, C)
-        kv = joint_linear([self.proj_key, self.proj_val], pooled, [2])[0]
-        return self.dual_ln_dproj(kv.unflatten(-1, (2, -1))).unflatten(-1, (h, -1))
+        return self.dual_ln_dproj(keys_and_values(self.proj_key, self.proj_val, pooled)).unflatten(-1, (h, -1))
 
     def _attend(self, query: Tensor, pair: Tensor, summaries: Tensor, start: int) -> Tensor:
         """(B, N, C) of queries from number `start` on, with positions of the module's own."""

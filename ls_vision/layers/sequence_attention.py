@@ -5,7 +5,7 @@ A sequence is a grid of one row: the operator is that of `LongShortAttention2d`.
 Shapes: B batch, N tokens, g global tokens, C channels, h heads, d = C / h, r rank, M = g + r additional keys, w window
 size.
 """
-from typing import List, Optional, Tuple, Union
+from typing import Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -133,22 +133,20 @@ class LongShortAttention1d(nn.Module):
 
     def _project(self, x: Tensor) -> Tuple[Tensor, Tensor, Optional[Tensor]]:
         """Queries (B, N, h, d), normalised keys and values (B, N, 2, h, d), and scores (B, h, r, N) of (B, N, C)."""
-        maps = [self.W_q, self.W_k, self.W_v]
-        if self.rank > 0 and self.dconv_fc is not None:
-            maps.append(self.dconv_fc)
-        q, kv, *scores = joint_linear(maps, x, [1, 2] + [1] * (len(maps) - 3))
-        kv = self.dual_ln_l(kv.unflatten(-1, (2, -1)))  # (B, N, 2, C)
         h = self.num_heads
-        return (
-            q.unflatten(-1, (h, -1)), kv.unflatten(-1, (h, -1)),
-            scores[0].transpose(1, 2).unflatten(1, (h, -1)) if scores else None)
+        q = cpu.linear(self.W_q, x).unflatten(-1, (h, -1))
+        kv = self.dual_ln_l(keys_and_values(self.W_k, self.W_v, x)).unflatten(-1, (h, -1))
+        scores = None
+        if self.rank > 0 and self.dconv_fc is not None:
+            scores = cpu.linear(self.dconv_fc, x).transpose(1, 2).unflatten(1, (h, -1))
+        return q, kv, scores
 
     def _project_global(self, x: Optional[Tensor]) -> Tuple[Optional[Tensor], Optional[Tensor]]:
         """Queries (B, g, h, d), and keys and values (B, g, 2, h, d), not normalised, of (B, g, C)."""
         if x is None:
             return None, None
-        q, kv = joint_linear([self.W_q, self.W_k, self.W_v], to_autocast(x), [1, 2])
-        return q.unflatten(-1, (self.num_heads, -1)), kv.unflatten(-1, (2, self.num_heads, -1))
+        x, h = to_autocast(x), self.num_heads
+        return self.W_q(x).unflatten(-1, (h, -1)), keys_and_values(self.W_k, self.W_v, x).unflatten(-1, (h, -1))
 
     def _additional(
             self,
@@ -205,30 +203,9 @@ class LongShortAttention1d(nn.Module):
         return f'dim={self.dim}, num_heads={self.num_heads}, window_size={self.window_size}, rank={self.rank}'
 
 
-def joint_linear(maps: List[nn.Linear], x: Tensor, parts: List[int]) -> List[Tensor]:
-    """Linear maps of the same tokens by one product, as fast as one map of their joint width.
-
-    Args:
-        maps: Linear maps.
-        x: (B, N, C).
-        parts: How many maps, in their order, give one result together.
-
-    Returns:
-        (B, N, D) for each of the parts.
-    """
-    if all(cpu.is_unmodified(module, nn.Linear) for module in maps):
-        weight = torch.cat([module.weight for module in maps])
-        biases: List[Tensor] = [
-            weight.new_zeros(module.out_features) if module.bias is None else module.bias for module in maps]
-        has_bias = any(module.bias is not None for module in maps)
-        outputs = [F.linear(x, weight, torch.cat(biases) if has_bias else None)]
-        widths = [module.out_features for module in maps]
-    else:  # adapters, quantised maps, hooks
-        outputs = [module(x) for module in maps]
-        widths = [out.shape[-1] for out in outputs]
-    sizes, position = [], 0
-    for part in parts:
-        sizes.append(sum(widths[position:position + part]))
-        position += part
-    joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
-    return list(joined.split(sizes, dim=-1))
+def keys_and_values(to_key: nn.Linear, to_value: nn.Linear, x: Tensor) -> Tensor:
+    """Both linear maps of the same tokens by one product: (B, N, C) -> (B, N, 2, D)."""
+    if not (cpu.is_unmodified(to_key, nn.Linear) and cpu.is_unmodified(to_value, nn.Linear)):
+        return torch.stack([to_key(x), to_value(x)], dim=2)  # adapters, quantised maps, hooks
+    bias = None if to_key.bias is None or to_value.bias is None else torch.cat([to_key.bias, to_value.bias])
+    return F.linear(x, torch.cat([to_key.weight, to_value.weight]), bias).unflatten(-1, (2, -1))

@@ -107,10 +107,13 @@ def plan_chunks(
     return plan
 
 
-def chunks_of(query: Tensor, window: Window, num_additional: int) -> List[WindowChunk]:
-    """The plan for a (B, H, W, h, d) raster."""
+def chunks_of(query: Tensor, window: Window, num_additional: int, in_row: bool = False) -> List[WindowChunk]:
+    """The plan for a (B, H, W, h, d) raster; with `in_row` for `row`, which holds the logits of one head at a time."""
     B, H, W, h, d = query.shape
-    return plan_chunks(B, (H, W), h * d, window, num_additional, chunks.CHUNK_ELEMENTS)
+    elements = chunks.CHUNK_ELEMENTS
+    if in_row:
+        elements = elements * h * d // (2 * window.cols)
+    return plan_chunks(B, (H, W), h * d, window, num_additional, elements)
 
 
 @functools.lru_cache(maxsize=64)
@@ -257,8 +260,9 @@ def blocked_forward(
     dtype = statistics if by_products else query.dtype
     take = functools.partial(_buffers.take, like=query, dtype=dtype)
     masks = clipped_biases(bias, (H, W), window, M, dtype)
-    for chunk in chunks_of(query, window, M):
-        if one_row.takes(query, bias, with_lse, chunk):
+    in_row = not with_lse and one_row.takes(query, bias)
+    for chunk in chunks_of(query, window, M, in_row):
+        if in_row and chunk.shape[2] >= one_row.SHORTEST_RUN:
             one_row.forward(out, query, pair, additional, padding, chunk, scale, take)
             continue
         mask = _with_padding(masks.get((chunk.row_run, chunk.col_run)), padding, chunk, M, h, dtype)
@@ -336,8 +340,9 @@ def blocked_backward(
     masks = clipped_biases(bias, (H, W), window, M, dtype)
     if grad_lse is not None:
         grad_lse = grad_lse.permute(0, 2, 3, 1).unsqueeze(-1)  # (B, H, W, h, 1)
-    for chunk in chunks_of(query, window, M):
-        if one_row.takes(query, bias, grad_lse is not None, chunk):
+    in_row = grad_lse is None and one_row.takes(query, bias)
+    for chunk in chunks_of(query, window, M, in_row):
+        if in_row and chunk.shape[2] >= one_row.SHORTEST_RUN:
             one_row.backward(
                 grad_out, query, pair, additional, padding, chunk, scale, take, grad_q, grad_pair, grad_additional)
             continue
