@@ -293,7 +293,7 @@ class ChunkedLSAttention(CausalLongShortAttention1d):
             summaries.append(finished)
         out = self._attend_at(
             query, pair, torch.cat(summaries or [pair[:, :0]], dim=1), h_cache.shape[1],
-            self.r_net(pos_embed_window)[0].flip(0), self.r_net_chunk(key_pe)[0].flip(0))
+            self.r_net(pos_embed_window)[0], self.r_net_chunk(key_pe)[0])
         return self._output(out)
 
 

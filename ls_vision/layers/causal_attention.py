@@ -185,18 +185,17 @@ class CausalLongShortAttention1d(nn.Module):
         if state is not None:
             pair = torch.cat([state.pair, pair], dim=1)
         finished, open_part = self._pool(raw, scores, state, keep)
-        new = [] if finished is None else [finished]
-        known = [] if state is None else [state.summaries]
-        summaries = torch.cat(known + new, dim=1) if known + new else pair.new_empty(x.shape[0], 0, *pair.shape[2:])
+        known = pair.new_empty(x.shape[0], 0, *pair.shape[2:]) if state is None else state.summaries
+        summaries = known if finished is None else torch.cat([known, finished], dim=1)
         out = self._attend(query, pair, summaries, start)
         if not keep:
             return out, None
         if self.summaries == 'released' and scores is not None:
-            summaries = torch.cat([*known, self._remembered_summaries(x, scores)], dim=1)
-        length = pair.shape[1]
+            summaries = torch.cat([known, self._remembered_summaries(x, scores)], dim=1)
         sums, lse = (None, None) if open_part is None else open_part
-        # a copy: a view would keep the keys and values of all tokens
-        recent = pair[:, max(length - (self.window_size - 1), 0):].clone()
+        recent = pair[:, max(pair.shape[1] - (self.window_size - 1), 0):]
+        if pair.shape[1] > 2 * self.window_size:
+            recent = recent.clone()  # a view would keep the keys and values of all tokens
         return out, CausalState(start + x.shape[1], recent, summaries, sums, lse, self._number)
 
     def _project(self, x: Tensor) -> Tuple[Tensor, Tensor, Optional[Tensor]]:
@@ -277,7 +276,7 @@ class CausalLongShortAttention1d(nn.Module):
             positions: Tensor,
             summary_positions: Tensor,
     ) -> Tensor:
-        """`_attend` with positional vectors (distances, C), nearest first."""
+        """`_attend` with positional vectors (distances, C), farthest first."""
         heads = (self.num_heads, -1)
         drop = self.attn_drop.p if self.attn_drop.training and not cpu.is_inactive_dropout(self.attn_drop) else 0.
         out = causal_attention(

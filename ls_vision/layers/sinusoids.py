@@ -19,7 +19,7 @@ def sinusoids(distances: Tensor, dim: int) -> Tensor:
 
 
 class Table(NamedTuple):
-    """Vectors of the distances 0, 1, ..., and the parameters they were made with."""
+    """Vectors of the distances ..., 1, 0, and the parameters they were made with."""
     vectors: Tensor
     parameters: List[Tensor]
     clamp: int
@@ -30,7 +30,7 @@ _kept: 'WeakKeyDictionary[nn.Module, Table]' = WeakKeyDictionary()
 
 
 def distance_vectors(module: nn.Linear, count: int, clamp: int, like: Tensor) -> Tensor:
-    """The linear map of the sinusoids of the distances 0 .. count - 1.
+    """The linear map of the sinusoids of the distances count - 1 .. 0.
 
     In plain inference on the CPU the vectors are kept, until a parameter changes: a token would otherwise cost a
     product of all distances with the map.
@@ -56,11 +56,11 @@ def distance_vectors(module: nn.Linear, count: int, clamp: int, like: Tensor) ->
             length *= 2
         table = Table(_make(module, length, clamp, like), [p.detach().clone() for p in parameters], clamp)
         _kept[module] = table
-    return table.vectors[:count]
+    return table.vectors[len(table.vectors) - count:]
 
 
 def _make(module: nn.Linear, count: int, clamp: int, like: Tensor) -> Tensor:
-    distances = torch.arange(count, device=like.device)
+    distances = torch.arange(count - 1, -1, -1, device=like.device)
     if clamp >= 0:
         distances = distances.clamp(max=clamp)
     return module(sinusoids(distances, module.in_features).to(like.dtype))

@@ -65,9 +65,9 @@ def causal_attention(
             last w - 1 of the former make no difference.
         summaries: (B, S, 2, h, d), keys and values that summarise the chunks from token 0 on, r of each; at least
             those that the last query sees.
-        positions: (w, h, d), R for the distances 0 .. w - 1.
-        summary_positions: (S or more, h, d), R_s for the distances 0, 1, ... counted in summaries, 0 being the last
-            one of the chunk before the query's.
+        positions: (w, h, d), R for the distances w - 1 .. 0.
+        summary_positions: (S or more, h, d), R_s for the distances ..., 1, 0 counted in summaries, 0 being the last one
+            of the chunk before the query's.
         key_bias: (h, d), u.
         position_bias: (h, d), v.
         geometry: Who sees whom.
@@ -104,8 +104,8 @@ def dense_causal_attention(
     S = geometry.num_visible(M - 1)
     k_s, v_s = summaries[:, :S].to(statistics).permute(2, 0, 3, 1, 4).unbind(0)  # (B, h, S, d)
     u, v_bias = (t.to(statistics)[None, :, None] for t in (key_bias, position_bias))
-    by_distance, by_summary = (
-        t.to(statistics).permute(1, 2, 0) for t in (positions, summary_positions[:S]))  # (h, d, distances)
+    by_distance, by_summary = (  # (h, d, distances)
+        t.to(statistics).permute(1, 2, 0) for t in (positions, summary_positions[summary_positions.shape[0] - S:]))
 
     token = torch.arange(start, start + M, device=query.device)
     distance = token[:, None] - torch.arange(
@@ -113,9 +113,9 @@ def dense_causal_attention(
     number = torch.arange(S, device=query.device)
     from_summary = (token // c * r)[:, None] - 1 - number  # (M, S)
 
-    window = (q + u) @ k.transpose(-2, -1) + _look_up((q + v_bias) @ by_distance, distance.clamp(0, w - 1))
+    window = (q + u) @ k.transpose(-2, -1) + _look_up((q + v_bias) @ by_distance, w - 1 - distance.clamp(0, w - 1))
     window = window.masked_fill((distance < 0) | (distance >= w), float('-inf'))
-    chunks = q @ k_s.transpose(-2, -1) + _look_up(q @ by_summary, from_summary.clamp(min=0))
+    chunks = q @ k_s.transpose(-2, -1) + _look_up(q @ by_summary, S - 1 - from_summary.clamp(min=0))
     chunks = chunks.masked_fill(from_summary < 0, float('-inf'))
     weights = F.dropout(torch.cat([chunks, window], dim=-1).softmax(dim=-1), dropout_p)
     return (weights @ torch.cat([v_s, v], dim=2)).transpose(1, 2).to(query.dtype)
@@ -175,8 +175,11 @@ class Block:
         return tile.flatten(0, 1)
 
     def tiles(self, kind: str, tokens: Tensor) -> Tuple[Tensor, Tensor]:
-        """Keys and values (I, n, 2, h, d) -> contiguous (h * I, n, d) each."""
-        return self.tile(kind + ' keys', tokens[:, :, 0]), self.tile(kind + ' values', tokens[:, :, 1])
+        """Keys and values (I, n, 2, h, d) -> (h * I, n, d) each; views of a single sequence's."""
+        keys, values = tokens.unbind(2)
+        if self.I == 1 and tokens.dtype == statistics_dtype(tokens):
+            return keys[0].transpose(0, 1), values[0].transpose(0, 1)
+        return self.tile(kind + ' keys', keys), self.tile(kind + ' values', values)
 
     def raster(self, tile: Tensor) -> Tensor:
         """View of a tile, back to (I, n, h, d)."""
@@ -217,7 +220,7 @@ class Positions(NamedTuple):
     window: Tensor
     """(h, w, d), farthest first."""
     summaries: Tensor
-    """(h, S + slack, d), farthest first, then zeros."""
+    """(h, S + slack, d), farthest first, then zeros for queries of more chunks than one."""
     num_summaries: int
     key_bias: Tensor
     """(h, 1, d), as is `position_bias`."""
@@ -238,11 +241,14 @@ def _prepare_positions(
 ) -> Positions:
     dtype = statistics_dtype(query)
     S = geometry.num_visible(query.shape[1] - 1)
-    slack = max(BLOCK_QUERIES // geometry.chunk_size, 1) * geometry.rank
+    chunks = max((piece.size // piece.rows for piece in causal_pieces(query.shape[1], geometry)), default=1)
+    slack = (chunks - 1) * geometry.rank
+    of_summaries = summary_positions[summary_positions.shape[0] - S:].to(dtype).transpose(0, 1)
+    if slack:
+        of_summaries = F.pad(of_summaries, (0, 0, 0, slack))
     return Positions(
-        positions.to(dtype).flip(0).transpose(0, 1).contiguous(),
-        F.pad(summary_positions[:S].to(dtype).flip(0).transpose(0, 1), (0, 0, 0, slack)),
-        S, key_bias.to(dtype).unsqueeze(1), position_bias.to(dtype).unsqueeze(1))
+        positions.to(dtype).transpose(0, 1), of_summaries, S, key_bias.to(dtype).unsqueeze(1),
+        position_bias.to(dtype).unsqueeze(1))
 
 
 def _blocks(query: Tensor, pair: Tensor, geometry: CausalGeometry) -> List[Block]:
@@ -354,10 +360,11 @@ def _attention_backward(
         grad_q[block.images, block.rows] = block.raster(dq.mul_(scale)).to(grad_q.dtype)
     grad_summary_positions = torch.zeros_like(summary_positions)
     S = at.num_summaries
-    grad_summary_positions[:S] = grad_at.summaries[:, :S].transpose(0, 1).flip(0).to(summary_positions.dtype)
+    target = grad_summary_positions[len(grad_summary_positions) - S:]
+    target.copy_(grad_at.summaries[:, :S].transpose(0, 1))
     return (
         grad_q, to_dtype(grad_pair, pair.dtype), to_dtype(grad_summaries, summaries.dtype),
-        grad_at.window.transpose(0, 1).flip(0).to(positions.dtype), grad_summary_positions,
+        grad_at.window.transpose(0, 1).to(positions.dtype, copy=True), grad_summary_positions,
         grad_at.key_bias.squeeze(1).to(key_bias.dtype), grad_at.position_bias.squeeze(1).to(position_bias.dtype))
 
 

@@ -1,4 +1,4 @@
-"""Windows of a sequence, a grid of one row: keys and values are gathered once, and windows are overlapping views of them.
+"""Windows of a sequence, a grid of one row: keys and values are gathered once, and windows are overlapping views.
 
 The tiles of `blocked` hold a key once for each window that sees it, and the additional keys once for every window. In a
 row, windows of gathered keys are views, and all queries of a sequence and head meet the additional keys in one product.
