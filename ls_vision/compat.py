@@ -1,13 +1,17 @@
 """Drop-in replacements for the released implementation's modules and arch strings."""
+import math
 from types import SimpleNamespace
-from typing import Any, Dict, Mapping, Optional, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .layers import CausalLongShortAttention1d, LongShortAttention1d, LongShortAttention2d
 from .layers.checks import check_tokens
+from .layers.sinusoids import sinusoids
+from .models.language_model import LanguageModel
 from .ops.numerics import to_autocast
 
 
@@ -295,6 +299,95 @@ class ChunkedLSAttention(CausalLongShortAttention1d):
             query, pair, torch.cat(summaries or [pair[:, :0]], dim=1), h_cache.shape[1],
             self.r_net(pos_embed_window)[0], self.r_net_chunk(key_pe)[0])
         return self._output(out)
+
+
+class TransformerLSModel(LanguageModel):
+    """The released language model: its constructor, its call, its state-dict keys.
+
+    Its memory is that of the released code: a list of each layer's last inputs, all zeros at the start of a text and
+    attended to all the same. `ls_vision.models.language_model.LanguageModel` has the better one.
+    """
+
+    def __init__(
+            self,
+            vocab_size: int,
+            d_model: int,
+            d_inner: int,
+            n_head: int,
+            n_layer: int,
+            mem_len: int,
+            emb_dropout: float,
+            chunk_rank: int,
+            chunk_size: int,
+            window_len: int,
+            dropout: float,
+            use_bias: bool,
+            pre_ln: bool,
+            use_gelu: bool,
+            grad_chk: bool,
+            clamp_len: int,
+            cpos_clamp_len: int = -1,
+            probing: bool = False,
+    ):
+        """
+        Args:
+            vocab_size: Number of tokens.
+            d_model, d_inner, n_head, n_layer: Widths, heads and layers.
+            mem_len: Tokens that each layer remembers.
+            emb_dropout: Dropout rate of embeddings, window positions and the last output.
+            chunk_rank, chunk_size, window_len, dropout, grad_chk, use_bias, probing: As in `ChunkedLSAttention`.
+            pre_ln, use_gelu: As in `LanguageModel`.
+            clamp_len, cpos_clamp_len: Largest distance between tokens and between summaries; none below 1.
+        """
+        super().__init__(
+            vocab_size, d_model, n_layer, n_head, d_inner, pre_ln=pre_ln, gelu=use_gelu, dropout=dropout,
+            attentions=[
+                ChunkedLSAttention(d_model, n_head, chunk_size, chunk_rank, window_len, dropout, grad_chk, use_bias)
+                for _ in range(n_layer)])
+        self.emb_dropout = nn.Dropout(emb_dropout)
+        self.mem_len, self.chunk_size, self.chunk_rank, self.window_len = mem_len, chunk_size, chunk_rank, window_len
+        self.clamp_len, self.cpos_clamp_len = clamp_len, cpos_clamp_len
+        self.pos_emb = nn.Module()  # released state dicts have the frequencies
+        self.pos_emb.register_buffer('inv_freq', 1 / 10000 ** (torch.arange(0., d_model, 2.) / d_model))
+
+    def forward(  # type: ignore[override]
+            self,
+            x: Tensor,
+            h_cache: List[Tensor],
+            target: Any = None,
+    ) -> Tuple[Tensor, List[Tensor], None]:
+        """
+        Args:
+            x: (B, M) token numbers. Where the chunk size does not divide M, zeros are added, which enter the memory.
+            h_cache: (B, L, C) memory of each layer, L a multiple of the chunk size.
+            target: Changes nothing.
+
+        Returns:
+            (B, M, V) log-probabilities, the new memories, and None.
+        """
+        M, c = x.shape[1], self.chunk_size
+        if M % c:
+            multiple = math.lcm(c, self.window_len)
+            x = F.pad(x, (0, multiple - M % multiple))
+        h = self.in_emb(x) * self.dim ** 0.5
+        num_summaries = (x.shape[1] + h_cache[0].shape[1]) // c * self.chunk_rank
+        near = self.emb_dropout(self._positions(self.window_len, self.clamp_len, h))
+        far = self._positions(num_summaries, self.cpos_clamp_len, h)
+        h = self.emb_dropout(h)
+        memories = []
+        for layer, memory in zip(self.layers, h_cache):
+            memories.append(torch.cat([memory, h], dim=1)[:, -self.mem_len:].detach())
+            memory = layer.norm1(memory) if layer.pre_ln else memory  # type: ignore[operator]
+            h, _ = layer(h, h_cache=memory, key_pe=far, pos_embed_window=near)
+        logits = self.out_emb(self.emb_dropout(h)).float()
+        return logits.log_softmax(-1).to(h.dtype)[:, :M], memories, None
+
+    def _positions(self, count: int, clamp: int, like: Tensor) -> Tensor:
+        """(1, count, C) sinusoids of the distances count - 1 .. 0."""
+        distances = torch.arange(count - 1, -1, -1, device=like.device)
+        if clamp > 0:
+            distances = distances.clamp(max=clamp)
+        return sinusoids(distances, self.dim).to(like.dtype).unsqueeze(0)
 
 
 def arch_to_model_args(arch: str) -> Dict[str, Any]:
