@@ -68,6 +68,44 @@ class FullAttention1d(nn.Module):
         return self.proj(out.transpose(1, 2).flatten(2))
 
 
+class MaskedFullAttention1d(nn.Module):
+    """Full attention called as `LongShortAttention1d` is: with padding and global tokens."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+
+    def forward(
+            self,
+            x: Tensor,
+            key_padding_mask: Tensor | None = None,
+            global_tokens: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """(B, N, C) -> (B, N, C), and (B, g, C) of the global tokens where there are any."""
+        g = 0 if global_tokens is None else global_tokens.shape[1]
+        x = x if global_tokens is None else torch.cat([global_tokens, x], dim=1)
+        q, k, v = (heads(t, self.num_heads) for t in self.qkv(x).chunk(3, dim=-1))
+        # a text without a token sees itself, which nobody reads
+        seen = None if key_padding_mask is None else ~F.pad(key_padding_mask, (g, 0))[:, None, None]
+        if seen is not None and g == 0:
+            seen = seen | ~seen.any(-1, keepdim=True)
+        out = self.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2).flatten(2))
+        return out if global_tokens is None else (out[:, g:], out[:, :g])
+
+
+class FixedProjection1d(nn.Module):
+    """Linformer's projection in place of the dynamic one: learned scores of positions, the same for every text."""
+
+    def __init__(self, num_scores: int, max_length: int):
+        super().__init__()
+        self.scores = nn.Parameter(torch.randn(max_length, num_scores))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, C) -> (B, N, h * r)."""
+        return self.scores[:x.shape[1]].to(x.dtype).expand(x.shape[0], -1, -1)
+
+
 class TileCopyingCausal(nn.Module):
     """Causal attention the way the released code works, without a memory in front.
 
