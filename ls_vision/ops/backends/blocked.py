@@ -108,11 +108,11 @@ def plan_chunks(
 
 
 def chunks_of(query: Tensor, window: Window, num_additional: int, in_row: bool = False) -> List[WindowChunk]:
-    """The plan for a (B, H, W, h, d) raster; with `in_row` for `row`, which holds the logits of one head at a time."""
+    """The plan for a (B, H, W, h, d) raster; with `in_row` for `row`, whose chunks are measured by their logits."""
     B, H, W, h, d = query.shape
     elements = chunks.CHUNK_ELEMENTS
     if in_row:
-        elements = elements * h * d // (2 * window.cols)
+        elements = elements * d // window.cols
     return plan_chunks(B, (H, W), h * d, window, num_additional, elements)
 
 

@@ -3,10 +3,13 @@
 The tiles of `blocked` hold a key once for each window that sees it, and the additional keys once for every window. In a
 row, windows of gathered keys are views, and all queries of a sequence and head meet the additional keys in one product.
 
-Shapes: h heads, d head width, M additional keys; in a chunk n windows of Q queries and K keys, J = M + K, and R keys of
-all windows together.
+The lines of all sequences and heads lie one after the other, each with room for x windows more than it has, so that the
+windows of all of them form one batch. The windows in between are of no meaning: their queries are 0.
+
+Shapes: h heads, d head width, M additional keys; in a chunk I images, n windows of w queries and K keys, J = M + K,
+x = ceil((K - w) / w), T = (n + x) * w tokens of a line, A = I * h * (n + x) windows of all lines.
 """
-from typing import Any, Callable, Iterator, NamedTuple, Optional, Tuple
+from typing import Any, Callable, NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -14,7 +17,7 @@ from torch import Tensor
 from ..numerics import masked_logit, statistics_dtype
 from ..window import key_size
 
-SHORTEST_RUN = 8  # windows; fewer are computed for all sequences and heads at once
+SHORTEST_RUN = 8  # windows; fewer are computed as on any grid
 
 Take = Callable[..., Tensor]
 
@@ -24,89 +27,127 @@ def takes(query: Tensor, bias: Optional[Tensor]) -> bool:
     return query.is_cpu and query.dtype == statistics_dtype(query) and query.shape[1] == 1 and bias is None
 
 
-class Part(NamedTuple):
-    """One sequence and head of a chunk."""
-    image: int
-    head: int
+class Lines:
+    """The lines of a chunk, and views and sums of their windows."""
+
+    def __init__(self, chunk: Any, num_heads: int, width: int, take: Take):
+        self.chunk, self.take = chunk, take
+        self.I, self.n, self.h, self.d = chunk.shape[0], chunk.shape[2], num_heads, width
+        self.w, self.K = chunk.window.cols, chunk.num_keys
+        self.T = (self.n + (self.K - 1) // self.w) * self.w
+        self.A = self.I * self.h * self.T // self.w
+
+    def queries(self, x: Tensor) -> Tensor:
+        """View (I, h, n * w, d) of a raster (B, 1, N, h, d)."""
+        return self.chunk.queries(x)[:, 0, :, 0].flatten(1, 2).transpose(1, 2)
+
+    def keys(self, pair: Tensor) -> Tensor:
+        """View (2, I, h, (n - 1) * w + K, d) of a raster (B, 1, N, 2, h, d), of no token twice."""
+        view = self.chunk.keys(pair)[:, 0, :, 0]  # (I, n, K, 2, h, d)
+        strides = view.stride()
+        rows = view.as_strided(
+            (self.I, (self.n - 1) * self.w + self.K, *view.shape[3:]), (strides[0], *strides[2:]),
+            view.storage_offset())
+        return rows.permute(2, 0, 3, 1, 4)
+
+    def gather_queries(self, kind: str, x: Tensor) -> Tensor:
+        """(I * h, T, d), 0 where no query is."""
+        lines = self.take(kind, shape=(self.I, self.h, self.T, self.d))
+        lines[:, :, :self.n * self.w] = self.queries(x)
+        lines[:, :, self.n * self.w:] = 0.
+        return lines.flatten(0, 1)
+
+    def gather_keys(self, kind: str, pair: Tensor) -> Tensor:
+        """(2, I * h * T + K, d)."""
+        lines, source = self._key_lines(kind), self.keys(pair)
+        for i in range(2):
+            _by_line(lines[i], self)[:, :, :source.shape[3]] = source[i]
+            _by_line(lines[i], self)[:, :, source.shape[3]:] = 0.
+        lines[:, self.I * self.h * self.T:] = 0.
+        return lines
+
+    def windows(self, lines: Tensor, first: int = 0, step: int = 1) -> Tensor:
+        """Overlapping view (A, K, d) of lines (I * h * T + K, d); every step-th window from the first on."""
+        count = (self.A - first + step - 1) // step
+        return lines.as_strided(
+            (count, self.K, self.d), (step * self.w * self.d, self.d, 1),
+            lines.storage_offset() + first * self.w * self.d)
+
+    def add_windows(self, target: Tensor, tiles: Tensor) -> None:
+        """Adds tiles (2, A, K, d) to the raster (B, 1, N, 2, h, d)."""
+        total, keys = self._key_lines('total').zero_(), self.keys(target)
+        step = -(-key_size(self.chunk.window)[1] // self.w)  # windows this far apart share no keys
+        for kind in range(2):
+            for first in range(min(step, self.A)):
+                self.windows(total[kind], first, step).add_(tiles[kind, first::step])
+            keys[kind].add_(_by_line(total[kind], self)[:, :, :keys.shape[3]])
+
+    def _key_lines(self, kind: str) -> Tensor:
+        return self.take(kind, shape=(2, self.I * self.h * self.T + self.K, self.d))
+
+
+def _by_line(lines: Tensor, of: Lines) -> Tensor:
+    """(I * h * T + K, d) -> (I, h, T, d)."""
+    return lines[:-of.K].view(of.I, of.h, of.T, of.d)
+
+
+class Tiles(NamedTuple):
+    """What a chunk multiplies, and its weights."""
     q: Tensor
-    """(n * Q, d)."""
+    """(I * h, T, d)."""
     k: Tensor
-    """(n, K, d), overlapping, as is `v`."""
+    """(A, K, d), overlapping, as is `v`."""
     v: Tensor
-    k_more: Optional[Tensor]
-    """(M, d) additional keys, None without any, as are `v_more`."""
-    v_more: Optional[Tensor]
-    masked: Optional[Tensor]
-    """(n, 1, K), true where a key is padding."""
-
-    @property
-    def shape(self) -> Tuple[int, int, int, int]:
-        """(n, Q, K, d)."""
-        n, K, d = self.k.shape
-        return n, self.q.shape[0] // n, K, d
+    k_more: Tensor
+    """(I * h, M, d), as is `v_more`."""
+    v_more: Tensor
+    p: Tensor
+    """(I * h, T, J), weights of the additional keys and then of the window's."""
 
 
-def parts(
+def gather(
         query: Tensor,
         pair: Tensor,
         additional: Optional[Tensor],
         padding: Optional[Tensor],
-        chunk: Any,
-        take: Take,
-) -> Iterator[Part]:
-    """The sequences and heads of a chunk, one by one, in tiles that the next one reuses."""
-    (B, _, n), K, (h, d) = chunk.shape, chunk.num_keys, query.shape[3:]
-    queries, keys = chunk.queries(query), key_rows(pair, chunk)
-    masked = None if padding is None else chunk.keys(padding)
-    q, kv = take('q', shape=(n * chunk.num_queries, d)), take('kv', shape=(2, keys.shape[1], d))
-    k, v = (windows(rows, n, K, chunk.window.cols) for rows in kv)
-    for image in range(B):
-        for head in range(h):
-            q.copy_(queries[image, 0, :, 0, :, head].flatten(0, 1))
-            for kind in range(2):
-                kv[kind].copy_(keys[image, :, kind, head])
-            more = None if additional is None else additional[chunk.images.start + image, :, :, head]  # (M, 2, d)
-            yield Part(
-                image, head, q, k, v, None if more is None else more[:, 0], None if more is None else more[:, 1],
-                None if masked is None else masked[image, 0, :, 0, None])
+        lines: Lines,
+        scale: float,
+) -> Tiles:
+    """Gathers a chunk's tiles and computes its weights."""
+    take, (I, h, d) = lines.take, (lines.I, lines.h, lines.d)
+    M = 0 if additional is None else additional.shape[1]
+    q = lines.gather_queries('q', query)
+    k, v = (lines.windows(rows) for rows in lines.gather_keys('kv', pair))
+    more = take('more', shape=(2, I, h, M, d))
+    if additional is not None:
+        more.copy_(additional[lines.chunk.images].permute(2, 0, 3, 1, 4))
+    k_more, v_more = more.flatten(1, 2).unbind(0)
+    p, window = take('p', shape=(I * h, lines.T, M + lines.K)), take('window', shape=(lines.A, lines.w, lines.K))
+    torch.baddbmm(window, q.view(lines.A, lines.w, d), k.transpose(1, 2), beta=0., alpha=scale, out=window)
+    if padding is not None:
+        masked = lines.chunk.keys(padding)[:, None, 0, :, 0, None]  # (I, 1, n, 1, K)
+        window.view(I, h, -1, lines.w, lines.K)[:, :, :lines.n].masked_fill_(masked, masked_logit(window.dtype))
+    p[..., M:] = window.view(I * h, lines.T, lines.K)
+    if M:
+        logits = p[..., :M]
+        torch.baddbmm(logits, q, k_more.transpose(1, 2), beta=0., alpha=scale, out=logits)
+    torch.softmax(p, dim=-1, out=p)
+    return Tiles(q, k, v, k_more, v_more, p)
 
 
-def key_rows(pair: Tensor, chunk: Any) -> Tensor:
-    """View (images, R, 2, h, d) of a raster (B, 1, N, 2, h, d): the keys of all windows of a chunk."""
-    view = chunk.keys(pair)[:, 0, :, 0]  # (images, n, K, 2, h, d)
-    R = (view.shape[1] - 1) * chunk.window.cols + view.shape[2]
-    strides = view.stride()
-    return view.as_strided((view.shape[0], R, *view.shape[3:]), (strides[0], *strides[2:]), view.storage_offset())
+def of_windows(x: Tensor, lines: Lines) -> Tensor:
+    """(I * h, T, J) -> a copy (A, w, K) of what belongs to the windows' keys."""
+    part = lines.take('window', shape=(lines.A, lines.w, lines.K))
+    part.view(x.shape[0], lines.T, lines.K).copy_(x[..., -lines.K:])
+    return part
 
 
-def windows(rows: Tensor, n: int, K: int, step: int) -> Tensor:
-    """Overlapping view (n, K, d) of contiguous (R, d), a window every `step` tokens."""
-    d = rows.shape[1]
-    return rows.as_strided((n, K, d), (step * d, d, 1), rows.storage_offset())
-
-
-def weigh(part: Part, scale: float, take: Take) -> Tensor:
-    """(n * Q, J) weights: of the additional keys, then of the window's."""
-    n, Q, K, d = part.shape
-    M = 0 if part.k_more is None else part.k_more.shape[0]
-    p, window = take('p', shape=(n * Q, M + K)), take('window', shape=(n, Q, K))
-    torch.baddbmm(window, part.q.view(n, Q, d), part.k.transpose(1, 2), beta=0., alpha=scale, out=window)
-    if part.masked is not None:
-        window.masked_fill_(part.masked, masked_logit(window.dtype))
-    p[:, M:] = window.view(n * Q, K)
-    if part.k_more is not None:
-        more = p[:, :M]
-        torch.addmm(more, part.q, part.k_more.t(), beta=0., alpha=scale, out=more)
-    return torch.softmax(p, dim=-1, out=p)
-
-
-def write(target: Tensor, tile: Tensor, weights: Tensor, more: Optional[Tensor], scale: float) -> None:
-    """target = tile + scale * weights more, of (n, Q, d), (n * Q, d), (n * Q, M) and (M, d)."""
-    flat = target.flatten(0, 1)
-    if more is None:
-        flat.copy_(tile)
-    else:
-        torch.addmm(tile, weights, more, alpha=scale, out=flat)
+def write(target: Tensor, tile: Tensor, weights: Tensor, more: Tensor, lines: Lines, scale: float) -> None:
+    """Writes tile + scale * weights more, of (A, w, d), (I * h, T, M) and (I * h, M, d), to (B, 1, N, h, d)."""
+    tile = tile.view(lines.I * lines.h, lines.T, lines.d)
+    if more.shape[1]:
+        torch.baddbmm(tile, weights, more, alpha=scale, out=tile)
+    lines.queries(target).copy_(tile.unflatten(0, (lines.I, lines.h))[:, :, :lines.n * lines.w])
 
 
 def forward(
@@ -120,14 +161,11 @@ def forward(
         take: Take,
 ) -> None:
     """Writes the outputs of a chunk to `out`, (B, 1, N, h, d)."""
-    target = chunk.queries(out)
-    for part in parts(query, pair, additional, padding, chunk, take):
-        n, Q, K, d = part.shape
-        p = weigh(part, scale, take)
-        window, tile = take('window', shape=(n, Q, K)), take('out', shape=(n, Q, d))
-        window.view(n * Q, K).copy_(p[:, -K:])
-        torch.bmm(window, part.v, out=tile)
-        write(target[part.image, 0, :, 0, :, part.head], tile.view(n * Q, d), p[:, :-K], part.v_more, 1.)
+    lines = Lines(chunk, query.shape[3], query.shape[4], take)
+    tiles = gather(query, pair, additional, padding, lines, scale)
+    tile = take('out', shape=(lines.A, lines.w, lines.d))
+    torch.bmm(of_windows(tiles.p, lines), tiles.v, out=tile)
+    write(out, tile, tiles.p[..., :-lines.K], tiles.v_more, lines, 1.)
 
 
 def backward(
@@ -144,42 +182,28 @@ def backward(
         grad_additional: Tensor,
 ) -> None:
     """Writes a chunk's gradient of the queries and adds those of keys and values."""
-    grads, target, keys = chunk.queries(grad_out), chunk.queries(grad_q), key_rows(grad_pair, chunk)
-    for part in parts(query, pair, additional, padding, chunk, take):
-        n, Q, K, d = part.shape
-        p, q = weigh(part, scale, take), part.q.view(n, Q, d)
-        ds, window, do = take('ds', shape=p.shape), take('window', shape=(n, Q, K)), take('do', shape=(n * Q, d))
-        do.copy_(grads[part.image, 0, :, 0, :, part.head].flatten(0, 1))
-        dkv = take('dkv', shape=(2, n, K, d))
+    lines = Lines(chunk, query.shape[3], query.shape[4], take)
+    tiles = gather(query, pair, additional, padding, lines, scale)
+    (A, w, K, d), M, p = (lines.A, lines.w, lines.K, lines.d), tiles.k_more.shape[1], tiles.p
+    do, q_window = lines.gather_queries('do', grad_out), tiles.q.view(A, w, d)
+    ds, window, dkv = take('ds', shape=p.shape), take('window', shape=(A, w, K)), take('dkv', shape=(2, A, K, d))
+    dkv_more = take('dkv more', shape=(2, *tiles.k_more.shape))
 
-        window.view(n * Q, K).copy_(p[:, -K:])
-        torch.bmm(window.transpose(1, 2), do.view(n, Q, d), out=dkv[1])
-        torch.bmm(do.view(n, Q, d), part.v.transpose(1, 2), out=window)
-        ds[:, -K:] = window.view(n * Q, K)
-        if part.v_more is not None:
-            torch.mm(do, part.v_more.t(), out=ds[:, :-K])
-        torch.ops.aten._softmax_backward_data.out(ds, p, -1, p.dtype, grad_input=ds)
+    torch.bmm(of_windows(p, lines).transpose(1, 2), do.view(A, w, d), out=dkv[1])
+    torch.bmm(do.view(A, w, d), tiles.v.transpose(1, 2), out=window)
+    ds[..., M:] = window.view(*p.shape[:2], K)
+    if M:
+        torch.bmm(p[..., :M].transpose(1, 2), do, out=dkv_more[1])
+        torch.bmm(do, tiles.v_more.transpose(1, 2), out=ds[..., :M])
+    torch.ops.aten._softmax_backward_data.out(ds, p, -1, p.dtype, grad_input=ds)
 
-        window.view(n * Q, K).copy_(ds[:, -K:])
-        torch.baddbmm(dkv[0], window.transpose(1, 2), q, beta=0., alpha=scale, out=dkv[0])
-        dq = take('dq', shape=(n, Q, d))
-        torch.baddbmm(dq, window, part.k, beta=0., alpha=scale, out=dq)
-        write(target[part.image, 0, :, 0, :, part.head], dq.view(n * Q, d), ds[:, :-K], part.k_more, scale)
-        add_windows(keys[part.image, :, :, part.head], dkv, chunk, take)
-        if part.k_more is not None:
-            of_more = grad_additional[chunk.images.start + part.image, :, :, part.head]  # (M, 2, d)
-            of_more[:, 0].addmm_(ds[:, :-K].t(), part.q, alpha=scale)
-            of_more[:, 1].addmm_(p[:, :-K].t(), do)
-
-
-def add_windows(target: Tensor, tiles: Tensor, chunk: Any, take: Take) -> None:
-    """Adds the tiles (2, n, K, d) of a chunk's windows to (R, 2, d)."""
-    (_, n, K, d), step = tiles.shape, chunk.window.cols
-    stride = -(-key_size(chunk.window)[1] // step)  # windows this far apart share no keys
-    total = take('total', shape=(target.shape[0], d))
-    for kind in range(2):
-        total.zero_()
-        for first in range(min(stride, n)):
-            tile = tiles[kind, first::stride]
-            windows(total[first * step:], tile.shape[0], K, stride * step).add_(tile)
-        target[:, kind].add_(total)
+    of_windows(ds, lines)
+    torch.baddbmm(dkv[0], window.transpose(1, 2), q_window, beta=0., alpha=scale, out=dkv[0])
+    dq = take('dq', shape=(A, w, d))
+    torch.baddbmm(dq, window, tiles.k, beta=0., alpha=scale, out=dq)
+    write(grad_q, dq, ds[..., :M], tiles.k_more, lines, scale)
+    lines.add_windows(grad_pair, dkv)
+    if M:
+        torch.baddbmm(dkv_more[0], ds[..., :M].transpose(1, 2), tiles.q, beta=0., alpha=scale, out=dkv_more[0])
+        target = grad_additional[chunk.images].permute(2, 0, 3, 1, 4)
+        target.add_(dkv_more.unflatten(1, (lines.I, lines.h)))
