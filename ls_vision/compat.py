@@ -1,10 +1,18 @@
 """Drop-in replacements for the released implementation's modules and arch strings."""
-from typing import Any, Dict, Optional, Tuple
+import math
+from types import SimpleNamespace
+from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from .layers import LongShortAttention2d
+from .layers import CausalLongShortAttention1d, LongShortAttention1d, LongShortAttention2d
+from .layers.checks import check_tokens
+from .layers.sinusoids import sinusoids
+from .models.language_model import LanguageModel
+from .ops.numerics import to_autocast
 
 
 class AttentionLS(LongShortAttention2d):
@@ -108,6 +116,278 @@ def _grid(num_tokens: int, nx: Optional[int], ny: Optional[int]) -> Tuple[int, i
     if nx * ny != num_tokens:
         raise ValueError(f'{num_tokens} local tokens do not make a grid of nx {nx} x ny {ny}.')
     return nx, ny
+
+
+class SequenceAttentionLS(LongShortAttention1d):
+    """The released bidirectional attention over sequences, called AttentionLS there: constructor, call, state dict.
+
+    Beyond the released module it takes any length, also one that the window does not divide, and rows without any token
+    are finite.
+    """
+
+    def __init__(self, config: Any, device=None, dtype=None):
+        """
+        Args:
+            config: Attributes (or a mapping) `transformer_dim`, `num_head`, `head_dim`, `num_landmarks` (the rank),
+                `window_size`, and where they differ from what is said here `pooling_mode` ('MEAN'; 'CLS' makes the
+                first token of the sequence the cls token), `cls_token` (False), `attention_dropout` (0) and
+                `conv_kernel_size` (-1, none). `max_seq_len` and `fp32_attn` change nothing: any length is taken, and
+                softmax and its sums are float32 always.
+
+        Raises:
+            ValueError: A value is out of range or does not fit another.
+        """
+        config = SimpleNamespace(**config) if isinstance(config, Mapping) else config
+        dim, heads, width = config.transformer_dim, config.num_head, config.head_dim
+        if dim != heads * width:
+            raise ValueError(f'transformer_dim is {dim}, expected num_head * head_dim = {heads} * {width}.')
+        self.cls_from_seq = getattr(config, 'pooling_mode', 'MEAN').lower() == 'cls'
+        if self.cls_from_seq and getattr(config, 'cls_token', False):
+            raise ValueError("pooling_mode is 'CLS' and cls_token is True, expected one of the two.")
+        rank = max(config.num_landmarks, 0)
+        super().__init__(
+            dim,
+            heads,
+            window_size=max(config.window_size, 0),
+            rank=rank,
+            conv_kernel_size=max(getattr(config, 'conv_kernel_size', -1), 0),
+            attn_drop=getattr(config, 'attention_dropout', 0.),
+            device=device,
+            dtype=dtype,
+        )
+        if rank == 0:
+            # released state dicts have it, without rows; `nn.Linear(dim, 0)` would warn
+            linear = self.dconv_fc = nn.Linear(dim, 1, device=device, dtype=dtype)
+            linear.out_features = 0
+            linear.weight, linear.bias = (
+                nn.Parameter(p.detach()[:0], requires_grad=False) for p in (linear.weight, linear.bias))
+
+    def forward(  # type: ignore[override]
+            self,
+            X: Tensor,
+            mask: Tensor,
+            cls_embed: Optional[Tensor] = None,
+    ) -> Tensor:
+        """
+        Args:
+            X: (B, N, C), normalised; with `pooling_mode='CLS'` the first token is the cls token.
+            mask: (B, N) of any type, 1 or True for a TOKEN and 0 or False for padding.
+            cls_embed: (B, 1, C), the cls token, not normalised; None for none.
+
+        Returns:
+            (B, N, C), with `cls_embed` (B, 1 + N, C), the cls token first.
+
+        Raises:
+            ValueError: A shape does not fit.
+        """
+        check_tokens('X', X, self.dim)
+        if mask.shape != X.shape[:2]:
+            raise ValueError(f'mask has shape {list(mask.shape)}, expected {list(X.shape[:2])}, 1 for each token of X.')
+        if self.cls_from_seq:
+            X, mask, cls_embed = X[:, 1:], mask[:, 1:], X[:, :1]
+        out = super().forward(X, mask == 0, cls_embed)
+        return torch.cat([out[1], out[0]], dim=1) if isinstance(out, tuple) else out
+
+
+class ChunkedLSAttention(CausalLongShortAttention1d):
+    """The released causal attention: its constructor, its call, its state-dict keys.
+
+    Beyond the released module it takes segments of any length and memories of any number of chunks, none included.
+    """
+    allows_gap = True  # as the released module does
+
+    def __init__(
+            self,
+            d_model: int,
+            n_head: int,
+            chunk_size: int,
+            chunk_rank: int,
+            window_len: int,
+            dropout: float,
+            grad_chk: bool = False,
+            use_bias: bool = False,
+            dp_attn: float = 0,
+            probing: bool = False,
+            device=None,
+            dtype=None,
+    ):
+        """
+        Args:
+            d_model: Channels of the tokens.
+            n_head: Number of heads.
+            chunk_size: Tokens of a chunk.
+            chunk_rank: Summaries of a chunk.
+            window_len: Tokens that a token sees, itself included.
+            dropout: Dropout rate of the output.
+            grad_chk: Compute everything again for the backward pass instead of keeping it.
+            use_bias: Add a bias to queries, keys, values and the output.
+            dp_attn: Dropout rate of the attention weights.
+            probing: Changes nothing; it chose a norm's implementation.
+
+        Raises:
+            ValueError: An argument is out of range or does not fit another.
+        """
+        super().__init__(
+            d_model,
+            n_head,
+            window_size=window_len,
+            chunk_size=chunk_size,
+            chunk_rank=chunk_rank,
+            summaries='released',
+            bias=use_bias,
+            attn_drop=dp_attn,
+            proj_drop=dropout,
+            device=device,
+            dtype=dtype,
+        )
+        self.grad_chk = grad_chk
+
+    def forward(  # type: ignore[override]
+            self,
+            h: Tensor,
+            h_cache: Tensor,
+            key_pe: Tensor,
+            pos_embed_window: Tensor,
+            chunked_attn_mask: Optional[Tensor] = None,
+    ) -> Tensor:
+        """
+        Args:
+            h: (B, M, C), the segment, normalised.
+            h_cache: (B, L, C), the tokens before it, normalised alike; L a multiple of the chunk size. All of them are
+                attended to, the zeros of an empty memory as well.
+            key_pe: (1, n, C), sinusoids of the distances n - 1 .. 0 between summaries, n of them in memory and segment.
+            pos_embed_window: (1, window_len, C), sinusoids of the distances window_len - 1 .. 0.
+            chunked_attn_mask: Changes nothing: a token sees the summaries of the chunks before its own, as with the
+                mask that the released model hands over.
+
+        Returns:
+            (B, M, C).
+
+        Raises:
+            ValueError: A shape does not fit.
+        """
+        check_tokens('h', h, self.dim)
+        check_tokens('h_cache', h_cache, self.dim, h.shape[0])
+        L, M, c = h_cache.shape[1], h.shape[1], self.chunk_size
+        if L % c:
+            raise ValueError(f'h_cache has {L} tokens, expected a multiple of chunk_size {c}.')
+        num_summaries = (L + M) // c * self.chunk_rank
+        expected = (('key_pe', key_pe, num_summaries), ('pos_embed_window', pos_embed_window, self.window_size))
+        for name, x, count in expected:
+            if x.shape != (1, count, self.dim):
+                raise ValueError(f'{name} has shape {list(x.shape)}, expected [1, {count}, {self.dim}].')
+        if self.grad_chk and torch.is_grad_enabled():
+            return checkpoint(self._attend_to_cache, h, h_cache, key_pe, pos_embed_window, use_reentrant=False)
+        return self._attend_to_cache(h, h_cache, key_pe, pos_embed_window)
+
+    def _attend_to_cache(self, h: Tensor, h_cache: Tensor, key_pe: Tensor, pos_embed_window: Tensor) -> Tensor:
+        h, h_cache = to_autocast(h), to_autocast(h_cache)
+        assert self.r_net_chunk is not None
+        # keys and values of the whole memory are not needed, only those of its last tokens
+        query, raw, scores = self._project(h)
+        _, recent, _ = self._project(h_cache[:, max(h_cache.shape[1] - (self.window_size - 1), 0):])
+        pair = self._window_pair(torch.cat([recent, raw], dim=1))
+        summaries = []
+        if h_cache.shape[1]:
+            assert self.dconv_1 is not None
+            of_cache = self.dconv_1(h_cache).unflatten(-1, (self.num_heads, self.chunk_rank))
+            summaries.append(self._remembered_summaries(h_cache, of_cache))
+        finished, _ = self._pool(raw, scores, None, keep=False)
+        if finished is not None:
+            summaries.append(finished)
+        out = self._attend_at(
+            query, pair, torch.cat(summaries or [pair[:, :0]], dim=1), h_cache.shape[1],
+            self.r_net(pos_embed_window)[0], self.r_net_chunk(key_pe)[0])
+        return self._output(out)
+
+
+class TransformerLSModel(LanguageModel):
+    """The released language model: its constructor, its call, its state-dict keys.
+
+    Its memory is that of the released code: a list of each layer's last inputs, all zeros at the start of a text and
+    attended to all the same. `ls_vision.models.language_model.LanguageModel` has the better one.
+    """
+
+    def __init__(
+            self,
+            vocab_size: int,
+            d_model: int,
+            d_inner: int,
+            n_head: int,
+            n_layer: int,
+            mem_len: int,
+            emb_dropout: float,
+            chunk_rank: int,
+            chunk_size: int,
+            window_len: int,
+            dropout: float,
+            use_bias: bool,
+            pre_ln: bool,
+            use_gelu: bool,
+            grad_chk: bool,
+            clamp_len: int,
+            cpos_clamp_len: int = -1,
+            probing: bool = False,
+    ):
+        """
+        Args:
+            vocab_size: Number of tokens.
+            d_model, d_inner, n_head, n_layer: Widths, heads and layers.
+            mem_len: Tokens that each layer remembers.
+            emb_dropout: Dropout rate of embeddings, window positions and the last output.
+            chunk_rank, chunk_size, window_len, dropout, grad_chk, use_bias, probing: As in `ChunkedLSAttention`.
+            pre_ln, use_gelu: As in `LanguageModel`.
+            clamp_len, cpos_clamp_len: Largest distance between tokens and between summaries; none below 1.
+        """
+        super().__init__(
+            vocab_size, d_model, n_layer, n_head, d_inner, pre_ln=pre_ln, gelu=use_gelu, dropout=dropout,
+            attentions=[
+                ChunkedLSAttention(d_model, n_head, chunk_size, chunk_rank, window_len, dropout, grad_chk, use_bias)
+                for _ in range(n_layer)])
+        self.emb_dropout = nn.Dropout(emb_dropout)
+        self.mem_len, self.chunk_size, self.chunk_rank, self.window_len = mem_len, chunk_size, chunk_rank, window_len
+        self.clamp_len, self.cpos_clamp_len = clamp_len, cpos_clamp_len
+        self.pos_emb = nn.Module()  # released state dicts have the frequencies
+        self.pos_emb.register_buffer('inv_freq', 1 / 10000 ** (torch.arange(0., d_model, 2.) / d_model))
+
+    def forward(  # type: ignore[override]
+            self,
+            x: Tensor,
+            h_cache: List[Tensor],
+            target: Any = None,
+    ) -> Tuple[Tensor, List[Tensor], None]:
+        """
+        Args:
+            x: (B, M) token numbers. Where the chunk size does not divide M, zeros are added, which enter the memory.
+            h_cache: (B, L, C) memory of each layer, L a multiple of the chunk size.
+            target: Changes nothing.
+
+        Returns:
+            (B, M, V) log-probabilities, the new memories, and None.
+        """
+        M, c = x.shape[1], self.chunk_size
+        if M % c:
+            multiple = math.lcm(c, self.window_len)
+            x = F.pad(x, (0, multiple - M % multiple))
+        h = self.in_emb(x) * self.dim ** 0.5
+        num_summaries = (x.shape[1] + h_cache[0].shape[1]) // c * self.chunk_rank
+        near = self.emb_dropout(self._positions(self.window_len, self.clamp_len, h))
+        far = self._positions(num_summaries, self.cpos_clamp_len, h)
+        h = self.emb_dropout(h)
+        memories = []
+        for layer, memory in zip(self.layers, h_cache):
+            memories.append(torch.cat([memory, h], dim=1)[:, -self.mem_len:].detach())
+            memory = layer.norm1(memory) if layer.pre_ln else memory  # type: ignore[operator]
+            h, _ = layer(h, h_cache=memory, key_pe=far, pos_embed_window=near)
+        logits = self.out_emb(self.emb_dropout(h)).float()
+        return logits.log_softmax(-1).to(h.dtype)[:, :M], memories, None
+
+    def _positions(self, count: int, clamp: int, like: Tensor) -> Tensor:
+        """(1, count, C) sinusoids of the distances count - 1 .. 0."""
+        distances = torch.arange(count - 1, -1, -1, device=like.device)
+        if clamp > 0:
+            distances = distances.clamp(max=clamp)
+        return sinusoids(distances, self.dim).to(like.dtype).unsqueeze(0)
 
 
 def arch_to_model_args(arch: str) -> Dict[str, Any]:

@@ -13,12 +13,28 @@ from safetensors import safe_open
 
 GOLDEN = Path(__file__).parent / 'golden'
 ATTENTION_FILES = sorted(GOLDEN.glob('attn_*.safetensors'))
+SEQUENCE_GOLDEN = GOLDEN / 'sequence'
 
 
 def read_golden(path):
     """(metadata, tensors) of a file."""
     with safe_open(str(path), 'pt') as f:
         return f.metadata(), {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118, not a dict
+
+
+def check_gradients(module, tensors, vanishing=None, unused=(), tolerance=1e-4):
+    """Compares the gradients of all parameters with a file's, relative to the largest entry.
+
+    That of `vanishing`, a bias that a softmax cancels, is zero but for rounding.
+    """
+    for name, parameter in module.named_parameters():
+        expected = tensors[f'grad.{name}'] if name not in unused else None
+        if expected is None:
+            assert parameter.grad is None or parameter.grad.abs().max() == 0, name
+        elif name.endswith(vanishing or ' '):
+            assert max(parameter.grad.abs().max(), expected.abs().max()) < 1e-4
+        else:
+            assert (parameter.grad - expected).abs().max() <= tolerance * expected.abs().max(), name
 
 
 def released_keys(name):

@@ -26,7 +26,7 @@ from ls_vision.analysis.formulas import PARTS, count_by_formula, find_formula
 from ls_vision.analysis.negligible import NEGLIGIBLE
 from ls_vision.analysis.zoo import ImageSize, build, size_name
 from ls_vision.layers import LongShortAttention2d
-from ls_vision.ops.window import num_keys, square_window
+from ls_vision.ops.window import make_window, num_keys
 from ls_vision.runtime.errors import UserError, first_line
 
 TOLERANCE = 0.01
@@ -126,7 +126,7 @@ def _shares(op: str, module: nn.Module) -> dict[str, float]:
     if isinstance(module, LongShortAttention2d):
         if op != 'ls_vision.long_short_attention':
             return {'long-range': 1.}  # summaries and the attention of global tokens
-        in_window = num_keys(square_window(module.window_size))
+        in_window = num_keys(make_window(module.window_size))
         share = in_window / (in_window + module.rank + module.num_global_tokens)
         return {'window': share, 'long-range': 1. - share}
     return {'window' if 'Window' in type(module).__name__ else 'full attention': 1.}

@@ -13,7 +13,7 @@ from timm.models import swin_transformer
 from torch import nn
 
 from ls_vision.layers import FullAttention2d, LongShortAttention2d
-from ls_vision.ops.window import num_keys, num_queries, num_windows, square_window
+from ls_vision.ops.window import make_window, num_keys, num_queries, num_windows
 
 Macs = dict[str, int]
 """Multiply-adds by part of the model, a key of `PARTS` each."""
@@ -38,7 +38,7 @@ def long_short_attention(layer: LongShortAttention2d, args: tuple, out: torch.Te
     2 nH nW w^2 (r + g) C, and the global tokens' own attention 2 g (g + N) C.
     """
     (B, L, C), feat_size = args[0].shape, args[1]
-    window, r, g = square_window(layer.window_size), layer.rank, layer.num_global_tokens
+    window, r, g = make_window(layer.window_size), layer.rank, layer.num_global_tokens
     N = L - g
     queries = N if window.rows == 0 else math.prod(num_windows(feat_size, window)) * num_queries(window)
     keys = num_keys(window)

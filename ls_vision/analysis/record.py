@@ -191,6 +191,8 @@ def _make_record(stage: int, block: int, layer: nn.Module, x: Tensor, feat_size:
         weights = _first(layer.attention_maps(x, feat_size))
         return Record(stage, block, feat_size, layer.num_global_tokens, None, weights, None, None)
     assert isinstance(layer, LongShortAttention2d)
+    if not isinstance(layer.window_size, int):
+        raise ValueError(f'window_size is {layer.window_size}, pictures of attention show square windows alone.')
     maps = layer.attention_maps(x, feat_size)
     local = _first(maps.local)
     projection = None if maps.projection is None else _first(maps.projection).unflatten(-1, feat_size)

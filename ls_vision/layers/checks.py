@@ -1,5 +1,7 @@
 """Checks of arguments that several layers share: one clear error that prints the value and what is accepted."""
-from typing import Any, Sequence, Tuple
+from typing import Any, Optional, Sequence, Tuple
+
+from torch import Tensor
 
 
 def check_heads(dim: int, num_heads: int) -> None:
@@ -20,3 +22,18 @@ def check_token_count(num_tokens: int, num_global_tokens: int, feat_size: Tuple[
         raise ValueError(
             f'Got {num_tokens} tokens, but a grid of {feat_size[0]} x {feat_size[1]} with {num_global_tokens} '
             f'global tokens has {num_global_tokens + feat_size[0] * feat_size[1]}.')
+
+
+def check_at_least(smallest: int, **values: int) -> None:
+    """Raises ValueError where one of the named values is smaller."""
+    for name, value in values.items():
+        if value < smallest:
+            raise ValueError(f'{name} is {value}, expected {smallest} or more.')
+
+
+def check_tokens(name: str, x: Any, dim: int, batch: Optional[int] = None) -> None:
+    """Raises ValueError where x is not (batch, tokens, dim)."""
+    shape = list(x.shape) if isinstance(x, Tensor) else None
+    if shape is None or len(shape) != 3 or shape[2] != dim or (batch is not None and shape[0] != batch):
+        found = f'type {type(x).__name__}' if shape is None else f'shape {shape}'
+        raise ValueError(f'{name} has {found}, expected ({"batch" if batch is None else batch}, tokens, {dim}).')

@@ -151,7 +151,7 @@ def position_bias(
             type(t) is not nn.Parameter or t.device.type != 'cpu' for t in tables):
         return make(feat_size)
     kept = _kept.get(layer)
-    if kept is None or kept.feat_size != feat_size or kept.bias.dtype != x.dtype or not _are_equal(tables, kept.tables):
+    if kept is None or kept.feat_size != feat_size or kept.bias.dtype != x.dtype or not are_equal(tables, kept.tables):
         bias = make(feat_size)
         assert bias is not None
         kept = KeptBias(to_dtype(bias, x.dtype), feat_size, [t.detach().clone() for t in tables])
@@ -160,6 +160,7 @@ def position_bias(
     return kept.bias
 
 
-def _are_equal(tables: List[Tensor], known: List[Tensor]) -> bool:
+def are_equal(tables: List[Tensor], known: List[Tensor]) -> bool:
+    """True where tensors are what they were, to the last bit."""
     return len(tables) == len(known) and all(
         t.dtype == k.dtype and t.shape == k.shape and torch.equal(t, k) for t, k in zip(tables, known))

@@ -3,7 +3,7 @@
 Shapes: B batch, H x W grid, N = H * W local tokens, g global tokens, L = g + N, C channels, h heads, d = C / h,
 r rank, M = r + g additional keys, w window size, Q = w * w queries and K keys of a window.
 """
-from typing import Any, Dict, Final, NamedTuple, Optional, Tuple
+from typing import Any, Dict, Final, NamedTuple, Optional, Tuple, Union
 
 import torch
 from timm.layers import trunc_normal_, use_fused_attn
@@ -14,9 +14,9 @@ from ..ops.attention import attend
 from ..ops.backends.composite import merge_windows, tile_logits
 from ..ops.long_range import attend_globally, global_weights, summarize
 from ..ops.numerics import to_autocast, to_dtype
-from ..ops.window import square_window
+from ..ops.window import Window, make_window, window_size_of
 from . import cpu
-from .checks import check_choice, check_heads, check_token_count
+from .checks import check_at_least, check_choice, check_heads, check_token_count
 from .norm import DualLayerNorm
 from .position_bias import WINDOW_BIASES, resize_window_bias, window_bias_index, window_bias_rows
 from .projection import ConvQKV, ConvScores, rename_old_keys, to_grid
@@ -54,7 +54,7 @@ class LongShortAttention2d(nn.Module):
             dim: int,
             num_heads: int = 8,
             *,
-            window_size: int = 7,
+            window_size: Union[int, Tuple[int, int]] = 7,
             rank: int = 8,
             num_global_tokens: int = 0,
             qkv_bias: bool = True,
@@ -72,7 +72,8 @@ class LongShortAttention2d(nn.Module):
         Args:
             dim: C, channels of the tokens.
             num_heads: h.
-            window_size: w, queries of a window per side; 0 attends to the summaries and global tokens alone.
+            window_size: w, queries of a window per side, or (rows, columns); 0 attends to the summaries and global
+                tokens alone.
             rank: r, number of summaries per head; 0 attends to the window and global tokens alone.
             num_global_tokens: g, leading tokens that attend to all and that all attend to.
             qkv_bias: Add a bias to queries, keys and values.
@@ -92,14 +93,15 @@ class LongShortAttention2d(nn.Module):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         check_heads(dim, num_heads)
-        for name, value in dict(window_size=window_size, rank=rank, num_global_tokens=num_global_tokens).items():
-            if value < 0:
-                raise ValueError(f'{name} is {value}, expected 0 or more.')
+        sizes = dict(window_size=window_size) if isinstance(window_size, int) else {}
+        check_at_least(0, **sizes, rank=rank, num_global_tokens=num_global_tokens)
+        window = make_window(window_size)
+        window_size = window_size_of(window)
         if window_size == 0 and rank + num_global_tokens == 0:
             raise ValueError('window_size, rank and num_global_tokens are all 0: there is nothing to attend to.')
         if rel_pos_bias is not None:
             check_choice('rel_pos_bias', rel_pos_bias, (*WINDOW_BIASES, None))
-            if window_size < 1:
+            if window_size == 0:
                 raise ValueError(f'window_size is {window_size}, a window with a position bias needs 1 or more.')
         check_choice('global_attention', global_attention, GLOBAL_ATTENTIONS)
         if conv_projection and num_global_tokens:
@@ -108,6 +110,7 @@ class LongShortAttention2d(nn.Module):
         self.dim = dim
         self.num_heads = num_heads
         self.window_size = window_size
+        self._window = (window.rows, window.cols, window.row_margin, window.col_margin)
         self.rank = rank
         self.num_global_tokens = num_global_tokens
         self.rel_pos_bias = rel_pos_bias
@@ -162,7 +165,7 @@ class LongShortAttention2d(nn.Module):
         self.register_buffer('relative_position_index', index, persistent=False)
 
     @torch.jit.ignore
-    def set_window_size(self, window_size: int) -> None:
+    def set_window_size(self, window_size: Union[int, Tuple[int, int]]) -> None:
         """Changes the window; the bias table is resampled to the new one.
 
         Raises:
@@ -170,12 +173,13 @@ class LongShortAttention2d(nn.Module):
         """
         if window_size == self.window_size:
             return
-        if self.window_size == 0 or window_size < 1:
+        if self.window_size == 0 or min(window_size if isinstance(window_size, tuple) else (window_size,)) < 1:
             raise ValueError(f'Cannot change window_size from {self.window_size} to {window_size}, both must be > 0.')
-        table = self.local_relative_position_bias_table
-        self.window_size = window_size
+        table, old_size, window = self.local_relative_position_bias_table, self.window_size, make_window(window_size)
+        self.window_size = window_size_of(window)
+        self._window = (window.rows, window.cols, window.row_margin, window.col_margin)
         if table is not None and self.rel_pos_bias is not None:
-            resized = resize_window_bias(table.detach(), window_size, self.rel_pos_bias)
+            resized = resize_window_bias(table.detach(), window_size, self.rel_pos_bias, old_size)
             self.local_relative_position_bias_table = nn.Parameter(resized, requires_grad=table.requires_grad)
             self._init_buffers()
 
@@ -186,7 +190,7 @@ class LongShortAttention2d(nn.Module):
             return None
         bias = table.t().contiguous().index_select(1, index.flatten())  # faster than table[index], backward above all
         bias = bias.view(-1, index.shape[0], index.shape[1])
-        return bias if self.window_size > 1 else bias.expand(-1, -1, 9)
+        return bias if index.shape[1] > 1 else bias.expand(-1, -1, 9)  # windows of 1 have one entry for 3 x 3 keys
 
     def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args: Any) -> None:
         rename_old_keys(state_dict, prefix)
@@ -209,7 +213,7 @@ class LongShortAttention2d(nn.Module):
         if torch.jit.is_scripting():
             out = self._attend_explicitly(query, pair, additional)
         elif self.fused_attn and cpu.is_inactive_dropout(self.attn_drop):
-            window = square_window(self.window_size)
+            window = self._make_window()
             out, _ = attend(query, pair, window, additional, self.position_bias(), self.scale)
         else:
             out = self._attend_explicitly(query, pair, additional)
@@ -224,7 +228,7 @@ class LongShortAttention2d(nn.Module):
     def attention_maps(self, x: Tensor, feat_size: Tuple[int, int]) -> AttentionMaps:
         """The attention weights of a call of this layer with the same arguments, before dropout."""
         query, q_global, pair, own, scores = self._project(x, feat_size)
-        window = square_window(self.window_size)
+        window = self._make_window()
         logits, values = tile_logits(
             query, pair, window, self._additional(pair, own, scores), self.position_bias(), self.scale)
         local = to_dtype(logits.softmax(dim=-1), values.dtype)
@@ -293,10 +297,14 @@ class LongShortAttention2d(nn.Module):
 
     def _attend_explicitly(self, query: Tensor, pair: Tensor, additional: Optional[Tensor]) -> Tensor:
         """The attention of local tokens with its weights passed through `attn_drop`; (B, H, W, h, d)."""
-        window = square_window(self.window_size)
+        window = self._make_window()
         logits, values = tile_logits(query, pair, window, additional, self.position_bias(), self.scale)
         weights = self.attn_drop(to_dtype(logits.softmax(dim=-1), values.dtype))
         return merge_windows(torch.matmul(weights, values), (query.shape[1], query.shape[2]), window)
+
+    def _make_window(self) -> Window:
+        rows, cols, row_margin, col_margin = self._window  # TorchScript has no attributes of named tuples
+        return Window(rows, cols, row_margin, col_margin)
 
     def _global_keys(self, out: Tensor, pair: Tensor) -> Tensor:
         """(B, N, n, h, d): local outputs, which are both keys and values, or local keys and values."""

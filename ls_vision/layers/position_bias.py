@@ -6,31 +6,42 @@ offsets (rows x columns of distances) and then looked up or resampled.
 Shapes: h heads, w window size, p key margin, Q = w * w queries and K = (w + 2p)^2 keys of a window, g global tokens,
 H x W grid, N = H * W, S = 2 * (w + p) - 1 distinct offsets per axis of a window.
 """
-from typing import Optional, Tuple
+from typing import Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.numerics import at_least_float32, to_dtype
-from ..ops.window import square_window, window_offsets
+from ..ops.window import key_size, make_window, window_offsets
 
 WINDOW_BIASES = ('released', 'unique')
 
 
-def window_bias_rows(window_size: int, kind: str) -> int:
+WindowSize = Union[int, Tuple[int, int]]
+
+
+def window_bias_rows(window_size: WindowSize, kind: str) -> int:
     """Number of rows of a window's bias table."""
+    rows, cols = _num_offsets(window_size)
     if kind == 'unique':
-        return (2 * (window_size + square_window(window_size).row_margin) - 1) ** 2
-    half = window_size // 2
-    return 2 * (window_size + half - 1) * (2 * half + window_size + 1) + 1
+        return rows * cols
+    if window_size == 1:
+        return 1
+    return (rows - 1) * key_size(make_window(window_size))[1] + cols
 
 
-def window_bias_index(window_size: int, kind: str, device: torch.device) -> Tensor:
+def _num_offsets(window_size: WindowSize) -> Tuple[int, int]:
+    """Distinct row and column offsets of a window, from -(size + margin - 1) up."""
+    window = make_window(window_size)
+    return 2 * (window.rows + window.row_margin) - 1, 2 * (window.cols + window.col_margin) - 1
+
+
+def window_bias_index(window_size: WindowSize, kind: str, device: torch.device) -> Tensor:
     """Row of the bias table for each pair in a window.
 
     Args:
-        window_size: w >= 1.
+        window_size: w >= 1, or (rows, columns).
         kind: 'released' numbers offsets as the released weights need it, with a row stride of 2 * (w // 2) + w, less
             than the number of column offsets, so that distinct offsets share rows; 'unique' gives each its own.
         device: Device of the result.
@@ -38,22 +49,29 @@ def window_bias_index(window_size: int, kind: str, device: torch.device) -> Tens
     Returns:
         (Q, K) int64; (1, 1) for released windows of 1.
     """
-    rows, cols = window_offsets(square_window(window_size), device)
-    shift = window_size + square_window(window_size).row_margin - 1
+    window = make_window(window_size)
+    rows, cols = window_offsets(window, device)
+    rows, cols = rows + window.rows + window.row_margin - 1, cols + window.cols + window.col_margin - 1  # from 0 up
     if kind == 'unique':
-        return (rows + shift) * (2 * shift + 1) + cols + shift
+        return rows * _num_offsets(window_size)[1] + cols
     if window_size == 1:
         return torch.zeros_like(rows[:, :1])  # the released table and index have one entry for all 3 x 3 keys
-    return (rows + shift) * (2 * (window_size // 2) + window_size) + cols + shift
+    return rows * key_size(window)[1] + cols
 
 
-def resize_window_bias(table: Tensor, window_size: int, kind: str) -> Tensor:
+def resize_window_bias(
+        table: Tensor,
+        window_size: WindowSize,
+        kind: str,
+        source_size: Optional[WindowSize] = None,
+) -> Tensor:
     """Resamples a window's bias table for another window size (bicubic, over the map of offsets).
 
     Args:
         table: (rows, h) of any window size, of either kind.
-        window_size: w of the result.
+        window_size: w of the result, or (rows, columns).
         kind: Kind of the result.
+        source_size: Size of the table's window, of the same kind; by default that of a square one, found by its rows.
 
     Returns:
         (window_bias_rows(window_size, kind), h); the table itself where it already fits.
@@ -61,13 +79,15 @@ def resize_window_bias(table: Tensor, window_size: int, kind: str) -> Tensor:
     Raises:
         ValueError: No window size has a table with that number of rows.
     """
-    if table.shape[0] == window_bias_rows(window_size, kind):
-        return table
-    source, source_kind = _identify_window_bias(table.shape[0], kind)
-    size = 2 * (window_size + square_window(window_size).row_margin) - 1
-    offsets = _offset_rows(source, source_kind, table.device)  # (S, S) of the source
+    if source_size is None:
+        if table.shape[0] == window_bias_rows(window_size, kind):
+            return table
+        source_size, source_kind = _identify_window_bias(table.shape[0], kind)
+    else:
+        source_kind = kind
+    offsets = _offset_rows(source_size, source_kind, table.device)  # (S, S) of the source
     dense = at_least_float32(table).t()[:, offsets]  # (h, S, S)
-    dense = _resize_map(dense, (size, size)).flatten(1)  # (h, size * size)
+    dense = _resize_map(dense, _num_offsets(window_size)).flatten(1)  # (h, offsets of the result)
     # where offsets share a row it becomes their mean
     target = _offset_rows(window_size, kind, table.device).flatten()
     rows = window_bias_rows(window_size, kind)
@@ -85,15 +105,14 @@ def _identify_window_bias(num_rows: int, kind: str) -> Tuple[int, str]:
     raise ValueError(f'A window bias table with {num_rows} rows fits no window size from 1 to 64.')
 
 
-def _offset_rows(window_size: int, kind: str, device: torch.device) -> Tensor:
+def _offset_rows(window_size: WindowSize, kind: str, device: torch.device) -> Tensor:
     """(S, S) row of the table for every row and column offset, both from -(w + p - 1) up."""
-    rows, cols = window_offsets(square_window(window_size), device)
+    rows, cols = _num_offsets(window_size)
+    number = window_bias_index(window_size, 'unique', device)
     index = window_bias_index(window_size, kind, device)
-    shift = window_size + square_window(window_size).row_margin - 1
-    size = 2 * shift + 1
-    out = torch.zeros(size * size, dtype=index.dtype, device=device)
-    out[((rows + shift) * size + cols + shift).flatten()] = index.expand_as(rows).flatten()
-    return out.view(size, size)
+    out = torch.zeros(rows * cols, dtype=index.dtype, device=device)
+    out[number.flatten()] = index.expand_as(number).flatten()
+    return out.view(rows, cols)
 
 
 def grid_bias_rows(feat_size: Tuple[int, int]) -> int:

@@ -12,7 +12,7 @@ from timm.models._manipulate import adapt_input_conv
 from torch import nn
 
 from ..layers import FullAttention2d, LongShortAttention2d
-from ..layers.position_bias import grid_bias_rows, resize_grid_bias, resize_window_bias
+from ..layers.position_bias import WindowSize, grid_bias_rows, resize_grid_bias, resize_window_bias
 from ..runtime.archives import load_checkpoint
 from ..runtime.errors import UserError
 
@@ -154,7 +154,7 @@ def resize_position_tables(state_dict: Dict[str, Any], model: nn.Module) -> Dict
     return state_dict
 
 
-def _fit_window_bias(table: torch.Tensor, window_size: int, kind: str) -> torch.Tensor:
+def _fit_window_bias(table: torch.Tensor, window_size: WindowSize, kind: str) -> torch.Tensor:
     try:
         return resize_window_bias(table, window_size, kind)
     except ValueError:

@@ -265,7 +265,7 @@ class HierarchicalTransformer(nn.Module):
             for block in cast(List[Block], list(stage.blocks)):
                 if isinstance(block.attn, FullAttention2d):
                     block.attn.set_feat_size(feat_size)
-                elif isinstance(block.attn, LongShortAttention2d) and block.attn.window_size > 0:
+                elif isinstance(block.attn, LongShortAttention2d) and block.attn.window_size != 0:
                     block.attn.set_window_size(window)
         self.img_size = new_img_size
         self.window_sizes = windows

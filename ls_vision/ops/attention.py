@@ -30,6 +30,7 @@ def long_short_attention(
         dropout_p: float = 0.0,
         backend: Optional[str] = None,
         return_lse: bool = False,
+        key_padding_mask: Optional[Tensor] = None,
 ) -> Union[Tensor, Tuple[Tensor, Tensor]]:
     """Attention of each token to the tokens around its window and to keys that every token sees, in one softmax.
 
@@ -50,15 +51,19 @@ def long_short_attention(
             else 'triton' on GPUs that it runs on and 'blocked' elsewhere; 'composite' where an exporter, a tracer, a
             functorch transform or forward-mode AD follows the operations.
         return_lse: Also return the log-sum-exp of each query's logits.
+        key_padding_mask: (B, H, W) bool, true where a token is PADDING, as in `torch.nn.MultiheadAttention`. Padding is
+            no key of any window, and its own output is 0. None for none.
 
     Returns:
-        (B, H, W, h, d) in the dtype of the query; with `return_lse` also (B, h, H, W) in float32 (double for doubles).
+        (B, H, W, h, d) in the dtype of the query; with `return_lse` also (B, h, H, W) in float32 (double for doubles),
+        of no meaning where a token is padding.
 
     Raises:
         ValueError: A shape or the window size does not fit, or the backend is unknown or can't run here.
     """
     window = make_window(window_size)
     check_attention_args(query, key, value, window, additional_keys, additional_values, bias)
+    check_padding_mask(key_padding_mask, query.shape[:3])
     if dropout_p > 0. and return_lse:
         raise ValueError(f'dropout_p is {dropout_p}, expected 0 with return_lse.')
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -67,10 +72,11 @@ def long_short_attention(
     if additional_keys is not None and additional_values is not None:
         additional = torch.stack([to_autocast(additional_keys), to_autocast(additional_values)], dim=2)
     if dropout_p > 0.:
-        logits, values = tile_logits(query, pair, window, additional, bias, scale)
+        logits, values = tile_logits(query, pair, window, additional, bias, scale, key_padding_mask)
         weights = F.dropout(to_dtype(logits.softmax(dim=-1), values.dtype), dropout_p)
-        return merge_windows(torch.matmul(weights, values), (query.shape[1], query.shape[2]), window)
-    out, lse = attend(query, pair, window, additional, bias, scale, backend, return_lse)
+        out = merge_windows(torch.matmul(weights, values), (query.shape[1], query.shape[2]), window)
+        return without_padding(out, key_padding_mask)
+    out, lse = attend(query, pair, window, additional, bias, scale, backend, return_lse, key_padding_mask)
     return (out, lse) if return_lse else out
 
 
@@ -83,6 +89,7 @@ def attend(
         scale: float,
         backend: Optional[str] = None,
         with_lse: bool = False,
+        padding: Optional[Tensor] = None,
 ) -> Tuple[Tensor, Tensor]:
     """`long_short_attention` of keys and values in one tensor, without checks and without casts for autocast.
 
@@ -95,22 +102,32 @@ def attend(
         scale: Factor on query . key.
         backend: As in `long_short_attention`.
         with_lse: Whether the log-sum-exp is needed.
+        padding: (B, H, W) bool, true where a token is no key of the windows and its output is 0; None for none.
 
     Returns:
         out: (B, H, W, h, d) in the dtype of the query.
         lse: (B, h, H, W), the log-sum-exp of each query's logits; undefined unless `with_lse`.
     """
     if torch.jit.is_scripting():
-        return composite_attention(query, pair, window, additional, bias, scale, with_lse)
+        out, lse = composite_attention(query, pair, window, additional, bias, scale, with_lse, padding)
     else:
+        mask = () if padding is None else (padding,)
         if window.rows == 0 or is_empty(query) or (backend is None and is_followed(query, pair, additional, bias)):
-            return composite_attention(query, pair, window, additional, bias, scale, with_lse)
-        chosen = resolve(backend, query, window, additional, bias, torch.is_grad_enabled(), with_lse)
-        if chosen.backward is None:
-            return chosen.forward(query, pair, window, additional, bias, scale, with_lse)
-        out, lse = torch.ops.ls_vision.long_short_attention(
-            query, pair, additional, bias, window, scale, chosen.name, with_lse)
-        return out, lse.sum(0) if with_lse and chosen.keeps_statistics else lse
+            out, lse = composite_attention(query, pair, window, additional, bias, scale, with_lse, *mask)
+        else:
+            chosen = resolve(backend, query, window, additional, bias, padding, torch.is_grad_enabled(), with_lse)
+            if chosen.backward is None:
+                out, lse = chosen.forward(query, pair, window, additional, bias, scale, with_lse, *mask)
+            else:
+                out, lse = torch.ops.ls_vision.long_short_attention(
+                    query, pair, additional, bias, window, scale, chosen.name, with_lse, *mask)
+                lse = lse.sum(0) if with_lse and chosen.keeps_statistics else lse
+    return without_padding(out, padding), lse
+
+
+def without_padding(x: Tensor, padding: Optional[Tensor]) -> Tensor:
+    """(B, H, W, h, d) with 0 where a token is padding."""
+    return x if padding is None else x.masked_fill(padding.unsqueeze(-1).unsqueeze(-1), 0.)
 
 
 @torch.library.custom_op('ls_vision::long_short_attention', mutates_args=())
@@ -123,12 +140,14 @@ def _attention(
         scale: float,
         backend: str,
         with_lse: bool,
+        padding: Optional[Tensor] = None,
 ) -> Tuple[Tensor, Tensor]:
-    return BACKENDS[backend].forward(query, pair, Window(*window), additional, bias, scale, with_lse)
+    mask = () if padding is None else (padding,)
+    return BACKENDS[backend].forward(query, pair, Window(*window), additional, bias, scale, with_lse, *mask)
 
 
 @_attention.register_fake
-def _(query, pair, additional, bias, window, scale, backend, with_lse):
+def _(query, pair, additional, bias, window, scale, backend, with_lse, padding=None):
     B, H, W, h, _ = query.shape
     lse = (B, h, H, W) if with_lse else (0,)
     if BACKENDS[backend].keeps_statistics:
@@ -151,44 +170,47 @@ def _attention_backward(
         out: Tensor,
         lse: Tensor,
         needs: Sequence[bool],
+        padding: Optional[Tensor] = None,
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, pair, additional keys and values, and bias; no elements where there is none or no need."""
     function = BACKENDS[backend].backward
     assert function is not None
-    grads = function(grad_out, grad_lse, query, pair, Window(*window), additional, bias, scale, out, lse, needs)
+    mask = () if padding is None else (padding,)
+    grads = function(
+        grad_out, grad_lse, query, pair, Window(*window), additional, bias, scale, out, lse, needs, *mask)
     return tuple(query.new_empty(0) if g is None else g for g in grads)  # type: ignore[return-value]
 
 
 @_attention_backward.register_fake
-def _(grad_out, grad_lse, query, pair, additional, bias, window, scale, backend, out, lse, needs):
+def _(grad_out, grad_lse, query, pair, additional, bias, window, scale, backend, out, lse, needs, padding=None):
     return tuple(
         x.new_empty(x.shape) if x is not None and needed else query.new_empty(0)
         for x, needed in zip((query, pair, additional, bias), needs))
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    query, pair, additional, bias, window, ctx.scale, ctx.backend, ctx.with_lse = inputs
+    query, pair, additional, bias, window, ctx.scale, ctx.backend, ctx.with_lse, padding = inputs
     ctx.window = tuple(window)
-    ctx.save_for_backward(query, pair, additional, bias, *output)
+    ctx.save_for_backward(query, pair, additional, bias, *output, padding)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx, grad_out: Optional[Tensor], grad_lse: Optional[Tensor]):
-    *inputs, out, lse = ctx.saved_tensors
+    *inputs, out, lse, padding = ctx.saved_tensors
     # the gradient of both parts of the statistics is that of their sum
     grad_lse = (grad_lse[1] if grad_lse.dim() == 5 else grad_lse) if ctx.with_lse and grad_lse is not None else None
     if grad_out is None and grad_lse is None:
-        return (None,) * 8
+        return (None,) * 9
     if torch.is_grad_enabled():  # create_graph=True: somebody differentiates the gradients
         def function(query, pair, additional, bias):
             return composite_attention(
-                query, pair, Window(*ctx.window), additional, bias, ctx.scale, grad_lse is not None)
-        return (*double_backward.gradients(function, inputs, (grad_out, grad_lse)), None, None, None, None)
+                query, pair, Window(*ctx.window), additional, bias, ctx.scale, grad_lse is not None, padding)
+        return (*double_backward.gradients(function, inputs, (grad_out, grad_lse)), *(None,) * 5)
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     needs = ctx.needs_input_grad[:4]
     grads = torch.ops.ls_vision.long_short_attention_backward(
-        grad_out, grad_lse, *inputs, ctx.window, ctx.scale, ctx.backend, out, lse, needs)
-    return (*(g if needed else None for g, needed in zip(grads, needs)), None, None, None, None)
+        grad_out, grad_lse, *inputs, ctx.window, ctx.scale, ctx.backend, out, lse, needs, padding)
+    return (*(g if needed else None for g, needed in zip(grads, needs)), *(None,) * 5)
 
 
 _attention.register_autograd(_differentiate, setup_context=_setup_context)
@@ -245,3 +267,16 @@ def check_attention_args(
         expected = [query.shape[3], num_queries(window), num_keys(window)]
         if list(bias.shape) != expected:
             raise ValueError(f'bias has shape {list(bias.shape)}, expected (heads, queries, keys) = {expected}.')
+
+
+def check_padding_mask(mask: Optional[Tensor], shape: Sequence[int]) -> None:
+    """Raises ValueError where a padding mask is no tensor of bools of that shape."""
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        found = f'dtype {mask.dtype}' if isinstance(mask, Tensor) else f'type {type(mask).__name__}'
+        raise ValueError(
+            f'key_padding_mask has {found}, expected a bool tensor, True where a token is PADDING. A mask of ones for '
+            'tokens, as `attention_mask` of transformers, becomes one by `mask == 0`.')
+    if mask.shape != torch.Size(shape):
+        raise ValueError(f'key_padding_mask has shape {list(mask.shape)}, expected {list(shape)}, one entry per token.')

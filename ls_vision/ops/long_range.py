@@ -12,6 +12,7 @@ m own keys of the global tokens.
 from typing import List, Optional, Sequence, Tuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
@@ -101,7 +102,7 @@ def _summarize_backward(grad: Tensor, weights: Tensor, tokens: Tensor) -> Tuple[
         # (images, h, r, n * d), both kinds by one product
         both = grad[i].permute(0, 2, 3, 1, 4).reshape(-1, h, r, n * d)
         product = weights[i].transpose(2, 3) @ both  # (images, h, N, n * d)
-        grad_tokens[i].copy_(product.view(-1, h, N, n, d).permute(0, 2, 3, 1, 4))
+        grad_tokens[i].copy_(product.view(product.shape[0], h, N, n, d).permute(0, 2, 3, 1, 4))
     return grad_weights, grad_tokens
 
 
@@ -142,6 +143,7 @@ def attend_globally(
         tokens: Tensor,
         scale: float,
         with_lse: bool = False,
+        padding: Optional[Tensor] = None,
 ) -> Tuple[Tensor, Tensor]:
     """softmax(scale * q [own k, k]^T) [own v, v]: attention of the global tokens to themselves and to all tokens.
 
@@ -151,16 +153,17 @@ def attend_globally(
         tokens: (B, N, n, h, d), keys and values of the others, any strides; n 1 where they are the same.
         scale: Factor on the products.
         with_lse: Whether the log-sum-exp is needed.
+        padding: (B, N) bool, true for those of the tokens that nobody attends to; None for none.
 
     Returns:
         out: (B, g, h, d).
         lse: (B, h, g), the log-sum-exp of each query's logits; undefined unless `with_lse`.
     """
     if torch.jit.is_scripting():
-        return _attend_plainly(query, own, tokens, scale, with_lse)
+        return _attend_plainly(query, own, tokens, scale, with_lse, padding)
     else:
-        if is_followed(query, own, tokens):
-            return _attend_plainly(query, own, tokens, scale, with_lse)
+        if padding is not None or is_followed(query, own, tokens):
+            return _attend_plainly(query, own, tokens, scale, with_lse, padding)
         return torch.ops.ls_vision.global_attention(query, own, tokens, scale, with_lse)
 
 
@@ -175,9 +178,18 @@ def _global_logits(query: Tensor, own: Tensor, tokens: Tensor, scale: float) -> 
     return attention_logits(query.transpose(1, 2), k, None, scale)
 
 
-def _attend_plainly(query: Tensor, own: Tensor, tokens: Tensor, scale: float, with_lse: bool) -> Tuple[Tensor, Tensor]:
+def _attend_plainly(
+        query: Tensor,
+        own: Tensor,
+        tokens: Tensor,
+        scale: float,
+        with_lse: bool,
+        padding: Optional[Tensor] = None,
+) -> Tuple[Tensor, Tensor]:
     """`attend_globally` as plain operations."""
     logits = _global_logits(query, own, tokens, scale)
+    if padding is not None:
+        logits = logits.masked_fill(F.pad(padding, (own.shape[1], 0))[:, None, None], float('-inf'))  # own keys remain
     v = torch.cat([own[:, :, 1], tokens[:, :, -1]], dim=1).transpose(1, 2)
     out = torch.matmul(to_dtype(logits.softmax(dim=-1), query.dtype), v).transpose(1, 2)
     return out, logits.logsumexp(dim=-1) if with_lse else query.new_empty(0)

@@ -47,6 +47,11 @@ def without_autocast(x: Tensor) -> ContextManager:
     return torch.autocast(x.device.type, enabled=False)
 
 
+def masked_logit(dtype: torch.dtype) -> float:
+    """What is added to the logits of masked keys: no weight remains, and a row of nothing else has no NaN."""
+    return -3e4 if dtype == torch.float16 else -1e30
+
+
 def attention_logits(q: Tensor, k: Tensor, mask: Optional[Tensor], scale: float) -> Tensor:
     """scale * q k^T + mask in float32, or double for doubles.
 

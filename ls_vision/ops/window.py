@@ -46,6 +46,11 @@ def make_window(window_size: Any) -> Window:
     return window
 
 
+def window_size_of(window: Window) -> Any:
+    """What `make_window` makes the window of: w, or (rows, columns) where they differ."""
+    return window.rows if window.rows == window.cols else (window.rows, window.cols)
+
+
 def num_queries(window: Window) -> int:
     """Q."""
     return window.rows * window.cols

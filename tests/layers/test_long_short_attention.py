@@ -82,6 +82,8 @@ OPTIONS = {
     'pre': dict(global_attention='pre', num_global_tokens=3),
     'window_1': dict(window_size=1),
     'window_2': dict(window_size=2, rank=4),
+    'wide': dict(window_size=(2, 5)),
+    'wide_unique': dict(window_size=(3, 1), rel_pos_bias='unique'),
     'conv': dict(conv_projection=True, num_global_tokens=0),
 }
 
@@ -176,3 +178,32 @@ def test_wrong_grid():
     module = LongShortAttention2d(24, 3, num_global_tokens=1)
     with pytest.raises(ValueError, match='Got 64 tokens, but a grid of 8 x 8 with 1 global tokens has 65'):
         module(torch.randn(1, 64, 24), (8, 8))
+
+
+def test_rectangular_window_on_a_panorama():
+    """Pixels beyond a window's rows or columns have no part in its outputs."""
+    layer = LongShortAttention2d(16, 2, window_size=(4, 16), rank=0).eval()
+    x = torch.randn(1, 8 * 64, 16, requires_grad=True)
+    layer(x, (8, 64))[0, 0].sum().backward()
+    seen = x.grad.abs().sum(-1).view(8, 64) > 0
+    assert seen[:6, :24].all() and not seen[6:].any() and not seen[:, 24:].any()
+
+
+@pytest.mark.parametrize('kind', ['released', 'unique'])
+def test_rectangular_windows_resize_and_script(kind):
+    layer = LongShortAttention2d(16, 2, window_size=(4, 6), rank=2, rel_pos_bias=kind).eval()
+    x = torch.randn(1, 9 * 13, 16)
+    torch.testing.assert_close(torch.jit.script(layer)(x, (9, 13)), layer(x, (9, 13)), rtol=1e-4, atol=1e-5)
+    torch.nn.init.constant_(layer.local_relative_position_bias_table, 0.5)
+    layer.set_window_size((6, 8))
+    assert layer.window_size == (6, 8) and layer.position_bias().shape == (2, 48, 12 * 16)
+    torch.testing.assert_close(layer.position_bias(), torch.full((2, 48, 192), 0.5))
+    assert layer(x, (9, 13)).shape == x.shape
+    square = LongShortAttention2d(16, 2, window_size=(6, 6), rel_pos_bias=kind)
+    assert square.window_size == 6
+
+
+def test_wrong_rectangular_windows():
+    for wrong in ((0, 4), (-1, 4)):
+        with pytest.raises(ValueError, match='window_size is'):
+            LongShortAttention2d(16, 2, window_size=wrong)

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from ls_vision.ops import Window, long_short_attention
 from ls_vision.ops.backends import BACKENDS
+from ls_vision.ops.backends.reference import window_pairs
 from ls_vision.ops.window import make_window, num_keys, num_queries
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}  # of the largest
@@ -70,6 +71,81 @@ def test_matches_reference(backend, B, H, W, h, d, w, M, bias, seed):
 def test_rectangular_windows(backend, H, W, rows, cols, row_margin, col_margin, M, bias):
     window = Window(rows, cols, row_margin, col_margin)
     compare(draw_inputs(2, H, W, 2, 4, window, M, bias), window, TOLERANCE[torch.float32], backend=backend)
+
+
+@pytest.mark.parametrize('dtype', TOLERANCE, ids=str)
+@pytest.mark.parametrize('w,M,bias', [(4, 3, True), ((2, 6), 0, False), (Window(1, 4, 0, 2), 20, False), (0, 3, False)])
+@pytest.mark.parametrize('backend', HERE)
+def test_key_padding_mask(backend, w, M, bias, dtype):
+    """Padding is seen by nobody, its own output is 0, and a row of nothing else is finite."""
+    window = make_window(w)
+    inputs = draw_inputs(3, 1 if window.rows == 1 else 5, 9, 2, 8, w, M, bias, dtype)
+    mask = torch.rand(inputs[0].shape[:3]) < 0.4
+    mask[1], mask[2] = True, False
+    actual = long_short_attention(*inputs[:3], w, *inputs[3:], backend=backend, key_padding_mask=mask)
+    assert (actual[mask] == 0).all()
+    statistics = torch.promote_types(dtype, torch.float32)
+    exact = [None if t is None else t.detach().to(statistics).requires_grad_() for t in inputs]
+    expected = padded_formula(*exact, window, mask)
+    grad = torch.randn_like(expected)
+    used = [t for t in inputs if t is not None]
+    pairs = zip(
+        torch.autograd.grad(actual, used, grad.to(dtype), allow_unused=True),
+        torch.autograd.grad(expected, [t for t in exact if t is not None], grad, allow_unused=True), strict=True)
+    for a, e in ((actual, expected), *pairs):
+        e = torch.zeros(()) if e is None else e
+        a = torch.zeros(()) if a is None else a
+        assert a.isfinite().all()
+        assert (a.to(statistics) - e).abs().max() <= TOLERANCE[dtype] * e.abs().max().clamp(min=1)
+
+
+def padded_formula(q, k, v, extra_k, extra_v, bias, window, mask):
+    """The softmax of each token over the keys that it sees, over all pairs."""
+    feat_size = q.shape[1:3]
+    q, k, v = (t.flatten(1, 2).transpose(1, 2) for t in (q, k, v))  # (B, h, N, d)
+    logits = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5
+    if window.rows:
+        seen, number = window_pairs(feat_size, window, q.device)
+        logits = logits + (0. if bias is None else bias.flatten(1)[:, number])
+    else:
+        seen = torch.zeros(q.shape[2], q.shape[2], dtype=torch.bool)
+    logits = logits.masked_fill(~(seen & ~mask.flatten(1)[:, None, None]), float('-inf'))
+    if extra_k is not None:
+        extra_k, extra_v = (t.transpose(1, 2) for t in (extra_k, extra_v))
+        logits = torch.cat([logits, q @ extra_k.transpose(2, 3) * q.shape[-1] ** -0.5], -1)
+        v = torch.cat([v, extra_v], 2)
+    token = ~mask.flatten(1)[:, None, :, None]
+    weights = torch.where(token, logits, 0.).softmax(-1)
+    out = torch.where(token, weights @ v, 0.)
+    return out.transpose(1, 2).unflatten(1, feat_size)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    W=st.integers(1, 150), size=st.integers(1, 9), margin=st.integers(0, 12), M=st.integers(0, 20),
+    padded=st.booleans(), dtype=st.sampled_from([torch.float32, torch.float64]))
+def test_one_row(W, size, margin, M, padded, dtype):
+    """Sequences, whose runs of windows the blocked backend computes in a way of its own."""
+    window = Window(1, size, 0, margin)
+    inputs = draw_inputs(3, 1, W, 2, 4, window, M, False, dtype)
+    mask = torch.rand(3, 1, W) < 0.3 if padded else torch.zeros(3, 1, W, dtype=torch.bool)
+    actual = long_short_attention(
+        *inputs[:3], window, *inputs[3:], backend='blocked', key_padding_mask=mask if padded else None)
+    expected = padded_formula(*inputs, window, mask)
+    grad, used = torch.randn_like(expected), [t for t in inputs if t is not None]
+    pairs = zip(torch.autograd.grad(actual, used, grad), torch.autograd.grad(expected, used, grad), strict=True)
+    for a, e in ((actual, expected), *pairs):
+        assert (a - e).abs().max() <= TOLERANCE[dtype] * e.abs().max().clamp(min=1)
+
+
+@pytest.mark.parametrize('mask,message', [
+    (torch.zeros(2, 3, 3), 'dtype torch.float32, expected a bool tensor, True where a token is PADDING'),
+    (torch.zeros(2, 9, dtype=torch.bool), r'shape \[2, 9\], expected \[2, 3, 3\]'),
+])
+def test_wrong_key_padding_mask(mask, message):
+    q = torch.zeros(2, 3, 3, 1, 4)
+    with pytest.raises(ValueError, match=message):
+        long_short_attention(q, q, q, 2, key_padding_mask=mask)
 
 
 @pytest.mark.parametrize('dtype', TOLERANCE, ids=str)

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import chunks
-from ..numerics import statistics_dtype
+from ..numerics import masked_logit, statistics_dtype
 from ..window import Window, WindowRun, key_size, window_runs
+from . import row as one_row
 
 MAX_KEPT_TILES = 512  # views of buffers, a few for each shape of block
 
@@ -106,10 +107,13 @@ def plan_chunks(
     return plan
 
 
-def chunks_of(query: Tensor, window: Window, num_additional: int) -> List[WindowChunk]:
-    """The plan for a (B, H, W, h, d) raster."""
+def chunks_of(query: Tensor, window: Window, num_additional: int, in_row: bool = False) -> List[WindowChunk]:
+    """The plan for a (B, H, W, h, d) raster; with `in_row` for `row`, whose chunks are measured by their logits."""
     B, H, W, h, d = query.shape
-    return plan_chunks(B, (H, W), h * d, window, num_additional, chunks.CHUNK_ELEMENTS)
+    elements = chunks.CHUNK_ELEMENTS
+    if in_row:
+        elements = elements * d // window.cols
+    return plan_chunks(B, (H, W), h * d, window, num_additional, elements)
 
 
 @functools.lru_cache(maxsize=64)
@@ -243,6 +247,7 @@ def blocked_forward(
         bias: Optional[Tensor],
         scale: float,
         with_lse: bool,
+        padding: Optional[Tensor] = None,
 ) -> Tuple[Tensor, Tensor]:
     """Output and, if asked for, log-sum-exp of `ls_vision.ops.attention.attend`, which describes the arguments."""
     B, H, W, h, d = query.shape
@@ -255,8 +260,12 @@ def blocked_forward(
     dtype = statistics if by_products else query.dtype
     take = functools.partial(_buffers.take, like=query, dtype=dtype)
     masks = clipped_biases(bias, (H, W), window, M, dtype)
-    for chunk in chunks_of(query, window, M):
-        mask = masks.get((chunk.row_run, chunk.col_run))
+    in_row = not with_lse and one_row.takes(query, bias)
+    for chunk in chunks_of(query, window, M, in_row):
+        if in_row and chunk.shape[2] >= one_row.SHORTEST_RUN:
+            one_row.forward(out, query, pair, additional, padding, chunk, scale, take)
+            continue
+        mask = _with_padding(masks.get((chunk.row_run, chunk.col_run)), padding, chunk, M, h, dtype)
         n, Q, J = chunk.num_windows, chunk.num_queries, M + chunk.num_keys
         if by_products:
             # head by head, the layout for products of many small matrices
@@ -282,8 +291,25 @@ def blocked_forward(
     return out, lse.squeeze(-1).permute(0, 3, 1, 2).contiguous() if with_lse else lse
 
 
+def _with_padding(
+        mask: Optional[Tensor],
+        padding: Optional[Tensor],
+        chunk: WindowChunk,
+        num_additional: int,
+        num_heads: int,
+        dtype: torch.dtype,
+) -> Optional[Tensor]:
+    """(n, h, Q, J), the (1, h, Q, J) bias of a chunk's windows without weight for keys that are padding."""
+    if padding is None:
+        return mask
+    masked = F.pad(chunk.keys(padding).reshape(-1, 1, 1, chunk.num_keys), (num_additional, 0))  # (n, 1, 1, J)
+    if mask is None:
+        mask = torch.zeros(1, num_heads, chunk.num_queries, 1, dtype=dtype, device=padding.device)
+    return torch.where(masked, masked_logit(dtype), mask)
+
+
 def _fill_logits(p: Tensor, q: Tensor, k: Tensor, mask: Optional[Tensor], scale: float) -> None:
-    """Fills p (n * h, Q, J) with scale * q k^T + mask; mask is (1, h, Q, J)."""
+    """Fills p (n * h, Q, J) with scale * q k^T + mask; mask is (1 or n, h, Q, J)."""
     if mask is not None:
         p.view(-1, *mask.shape[1:]).copy_(mask)
     torch.baddbmm(p, q, k.transpose(1, 2), beta=float(mask is not None), alpha=scale, out=p)
@@ -301,6 +327,7 @@ def blocked_backward(
         out: Tensor,
         lse: Tensor,
         needs: Sequence[bool],
+        padding: Optional[Tensor] = None,
 ) -> Tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor], Optional[Tensor]]:
     """Gradients of query, keys and values, additional ones, and bias, computed in float32 (doubles in double).
 
@@ -318,8 +345,13 @@ def blocked_backward(
     masks = clipped_biases(bias, (H, W), window, M, dtype)
     if grad_lse is not None:
         grad_lse = grad_lse.permute(0, 2, 3, 1).unsqueeze(-1)  # (B, H, W, h, 1)
-    for chunk in chunks_of(query, window, M):
-        mask = masks.get((chunk.row_run, chunk.col_run))
+    in_row = grad_lse is None and one_row.takes(query, bias)
+    for chunk in chunks_of(query, window, M, in_row):
+        if in_row and chunk.shape[2] >= one_row.SHORTEST_RUN:
+            one_row.backward(
+                grad_out, query, pair, additional, padding, chunk, scale, take, grad_q, grad_pair, grad_additional)
+            continue
+        mask = _with_padding(masks.get((chunk.row_run, chunk.col_run)), padding, chunk, M, h, dtype)
         # head by head, the layout for products of many small matrices
         n, Q, J = chunk.num_windows, chunk.num_queries, M + chunk.num_keys
         q, do, dq = (take(name, shape=(n * h, Q, d)) for name in ('q', 'do', 'dq'))

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..numerics import attention_logits, to_dtype
+from ..numerics import attention_logits, masked_logit, to_dtype
 from ..window import Window, tile_grid, window_key_index, window_query_index
 
 
@@ -24,10 +24,11 @@ def composite_attention(
         bias: Optional[Tensor] = None,
         scale: float = 1.0,
         with_lse: bool = False,
+        padding: Optional[Tensor] = None,
 ) -> Tuple[Tensor, Tensor]:
     """`ls_vision.ops.attention.attend` as plain operations; arguments and results are described there."""
     feat_size = (query.shape[1], query.shape[2])
-    logits, values = tile_logits(query, pair, window, additional, bias, scale)
+    logits, values = tile_logits(query, pair, window, additional, bias, scale, padding)
     out = merge_windows(torch.matmul(to_dtype(logits.softmax(dim=-1), values.dtype), values), feat_size, window)
     if not with_lse:
         return out, query.new_empty(0)
@@ -42,6 +43,7 @@ def tile_logits(
         additional: Optional[Tensor],
         bias: Optional[Tensor],
         scale: float,
+        padding: Optional[Tensor] = None,
 ) -> Tuple[Tensor, Tensor]:
     """Logits of all windows, and the values that their softmax weights.
 
@@ -52,6 +54,7 @@ def tile_logits(
         additional: (B, M, 2, h, d), seen by every query, or None.
         bias: (h, Q, K), added to the logits of the window's keys, or None.
         scale: Factor on query . key.
+        padding: (B, H, W), true where a token is no key of the windows, or None.
 
     Returns:
         logits: (B, T, h, Q, J) float32, -inf where a key lies outside the grid; (B, 1, h, N, M) without a window.
@@ -72,6 +75,9 @@ def tile_logits(
     mask = torch.zeros(1, 1, 1, dtype=query.dtype, device=query.device) if bias is None else to_dtype(bias, query.dtype)
     # a window holds at least one token, so no row of the mask is empty and -inf can't make a NaN
     mask = mask.masked_fill(~inside[:, None, None, :], float('-inf'))  # (T, h or 1, Q or 1, K)
+    if padding is not None:
+        masked = padding.reshape(B, H * W)[:, index][:, :, None, None, :]  # (B, T, 1, 1, K)
+        mask = torch.where(masked & inside[:, None, None, :], masked_logit(mask.dtype), mask)
     if additional is not None:
         M = additional.shape[1]
         tiles = torch.cat([additional[:, None].expand(-1, T, -1, -1, -1, -1), tiles], dim=2)  # (B, T, J, 2, h, d)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Optional, Tuple
 import torch
 from torch import Tensor
 
+from ..numerics import masked_logit
 from ..window import Window, key_size
 
 _SMALLEST_HEAD = 16
@@ -41,6 +42,7 @@ def flex_forward(
         bias: Optional[Tensor],
         scale: float,
         with_lse: bool,
+        padding: Optional[Tensor] = None,
 ) -> Tuple[Tensor, Tensor]:
     """`ls_vision.ops.attention.attend`, which describes arguments and results; autograd differentiates it."""
     B, H, W, h, d = query.shape
@@ -52,6 +54,8 @@ def flex_forward(
         keys = torch.cat([additional, keys], dim=1)  # (B, M + N, 2, h, d)
     k, v = keys.permute(2, 0, 3, 1, 4).unbind(0)  # (B, h, M + N, d)
     score = None if bias is None else _bias_score(bias.to(query.dtype), pattern, window, M)
+    if padding is not None:
+        score = _padding_score(score, padding.reshape(B, H * W)[:, pattern.order], M)
     result = _flex_attention()(q, k, v, score_mod=score, block_mask=pattern.mask, scale=scale, return_lse=with_lse)
     out, lse = result if with_lse else (result, query.new_empty(0))
     out = out.transpose(1, 2)[:, pattern.inverse].reshape(B, H, W, h, d)
@@ -108,6 +112,17 @@ def _bias_score(bias: Tensor, pattern: Pattern, window: Window, num_additional: 
         return score + torch.where(inside, bias[head, query, key], 0.)
 
     return add_bias
+
+
+def _padding_score(add_bias: Any, padding: Tensor, num_additional: int) -> Any:
+    """Takes the weight from the window's keys that are padding, (B, N) in the order of windows."""
+
+    def mask(score: Tensor, b: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        masked = (j >= num_additional) & padding[b, (j - num_additional).clamp(min=0)]
+        score = score if add_bias is None else add_bias(score, b, head, i, j)
+        return torch.where(masked, masked_logit(torch.float32), score)
+
+    return mask
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from typing import Optional, Tuple
 import torch
 from torch import Tensor
 
-from ..numerics import statistics_dtype
+from ..numerics import masked_logit, statistics_dtype
 from ..window import Window, key_size
 
 
@@ -21,6 +21,7 @@ def reference_attention(
         bias: Optional[Tensor] = None,
         scale: float = 1.0,
         with_lse: bool = True,
+        padding: Optional[Tensor] = None,
 ) -> Tuple[Tensor, Tensor]:
     """Dense form of `ls_vision.ops.attention.attend`; arguments and results are described there."""
     B, H, W, h, d = query.shape
@@ -40,7 +41,10 @@ def reference_attention(
         in_window, number = window_pairs((H, W), window, query.device)
         if bias is not None:
             dots = dots + bias.to(statistics).flatten(1)[:, number]  # (h, N, N)
-        logits.append(dots.masked_fill(~in_window, float('-inf')))
+        dots = dots.masked_fill(~in_window, float('-inf'))
+        if padding is not None:
+            dots = dots.masked_fill(padding.reshape(B, 1, 1, N) & in_window, masked_logit(statistics))
+        logits.append(dots)
         values.append(v)
 
     all_logits = torch.cat(logits, dim=-1)
