@@ -4,7 +4,8 @@ Both are sums over all tokens, weighted by a softmax. With the log-sum-exp of ea
 tokens merge into that of all (`merge_parts`).
 
 They are operators of their own: products over two batch dimensions would copy all tokens, head by head, and autograd
-would keep the copies for the backward pass.
+would keep the copies for the backward pass. On the CPU they take as many images at a time as fit a cache, on other
+devices all heads at once (`joint_heads`).
 
 Shapes: B batch, N tokens, n kinds of tokens (keys and values), h heads, d head width, r rank; g global queries,
 m own keys of the global tokens.
@@ -16,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import double_backward
+from . import double_backward, joint_heads
 from .calls import is_followed
 from .chunks import image_chunks
+from .joint_heads import FLOAT16_SCALE
 from .numerics import at_least_float32, attention_logits, statistics_dtype, to_dtype
 
 
@@ -50,15 +52,24 @@ def summarize(scores: Tensor, tokens: Tensor, with_lse: bool = False) -> Tuple[T
         sums: (B, h, r, n * d), of all kinds of tokens side by side.
         lse: (B, h, r), the log-sum-exp of the scores; undefined unless `with_lse`.
     """
-    # float32 statistics; the dtype is named because autocast would make the whole result float32
-    weights = scores.softmax(dim=-1, dtype=scores.dtype)
+    weights = _softmax(scores)
     lse = scores.logsumexp(dim=-1) if with_lse else scores
     if torch.jit.is_scripting():
         sums = _weighted_sums(weights, tokens)
     else:
         followed = is_followed(scores, tokens)
         sums = (_weighted_sums if followed else torch.ops.ls_vision.summarize)(weights, tokens)  # (B, n, h, r, d)
+    if scores.dtype == torch.float16:
+        sums = sums / FLOAT16_SCALE
     return sums.permute(0, 2, 3, 1, 4).flatten(3), lse
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    """Weights of the tokens in the dtype of the scores; in float16 `FLOAT16_SCALE` times as large."""
+    if scores.dtype == torch.float16:
+        return (scores.softmax(dim=-1, dtype=torch.float32) * FLOAT16_SCALE).to(torch.float16)
+    # float32 statistics; the dtype is named because autocast would make the whole result float32
+    return scores.softmax(dim=-1, dtype=scores.dtype)
 
 
 def _weighted_sums(weights: Tensor, tokens: Tensor) -> Tensor:
@@ -70,9 +81,9 @@ def _weighted_sums(weights: Tensor, tokens: Tensor) -> Tensor:
 def _summarize(weights: Tensor, tokens: Tensor) -> Tensor:
     """(B, h, r, N) weights and (B, N, n, h, d) tokens -> (B, n, h, r, d)."""
     (B, h, r, _), (n, d) = weights.shape, (tokens.shape[2], tokens.shape[4])
+    if tokens.device.type != 'cpu':
+        return joint_heads.summarize(weights, tokens)
     x = tokens.permute(0, 2, 3, 1, 4)  # (B, n, h, N, d)
-    if x.device.type != 'cpu':
-        return torch.matmul(weights.unsqueeze(1), x)
     out = tokens.new_empty(B, n, h, r, d)
     for i in image_chunks(B, tokens.shape[1] * h * d):
         for kind in range(n):
@@ -89,11 +100,10 @@ def _(weights, tokens):
 def _summarize_backward(grad: Tensor, weights: Tensor, tokens: Tensor) -> Tuple[Tensor, Tensor]:
     """Gradients of the weights and of the tokens."""
     (B, h, r, N), (n, d) = weights.shape, (tokens.shape[2], tokens.shape[4])
+    if tokens.device.type != 'cpu':
+        return joint_heads.summarize_backward(grad, weights, tokens)
     x = tokens.permute(0, 2, 3, 4, 1)  # (B, n, h, d, N)
     grad = grad.contiguous()  # (B, n, h, r, d)
-    if x.device.type != 'cpu':
-        grad_tokens = torch.matmul(weights.unsqueeze(1).transpose(3, 4), grad)  # (B, n, h, N, d)
-        return torch.matmul(grad, x).sum(1), grad_tokens.permute(0, 3, 1, 2, 4).contiguous()
     grad_weights, grad_tokens = weights.new_empty(weights.shape), tokens.new_empty(tokens.shape)
     for i in image_chunks(B, N * n * h * d):
         out = grad_weights[i].flatten(0, 1)  # (images * h, r, N), as below
@@ -198,9 +208,12 @@ def _attend_plainly(
 @torch.library.custom_op('ls_vision::global_attention', mutates_args=())
 def _attend(query: Tensor, own: Tensor, tokens: Tensor, scale: float, with_lse: bool) -> Tuple[Tensor, Tensor]:
     (B, g, h, _), m = query.shape, own.shape[1]
+    if query.device.type != 'cpu':
+        out, lse = joint_heads.attend(query, own, tokens, scale)
+        return out, lse if with_lse else lse.new_empty(0)
     out = query.new_empty(query.shape)
     lse = query.new_empty((B, h, g) if with_lse else (0,), dtype=statistics_dtype(query))
-    for i in _image_chunks(tokens):
+    for i in image_chunks(B, tokens.shape[1] * h * tokens.shape[4]):
         logits = _chunk_logits(_heads(query, i), _kinds(own, i)[0], _kinds(tokens, i)[0], scale)
         if with_lse:
             lse[i] = logits.logsumexp(-1)
@@ -227,9 +240,11 @@ def _attend_backward(
         scale: float,
 ) -> Tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, own keys and values, and tokens."""
+    if query.device.type != 'cpu':
+        return joint_heads.attend_backward(grad, grad_lse, query, own, tokens, scale)
     grad_q, grad_own, grad_tokens = (t.new_empty(t.shape) for t in (query, own, tokens))
     sizes = [own.shape[1], tokens.shape[1]]
-    for i in _image_chunks(tokens):
+    for i in image_chunks(tokens.shape[0], tokens.shape[1] * query.shape[2] * query.shape[3]):
         q, do = _heads(query, i), _heads(grad, i)
         parts = [_kinds(own, i), _kinds(tokens, i)]  # of both, keys first and values last
         p = _chunk_logits(q, parts[0][0], parts[1][0], scale).softmax(dim=-1)
@@ -252,12 +267,6 @@ def _attend_backward(
 @_attend_backward.register_fake
 def _(grad, grad_lse, query, own, tokens, scale):
     return tuple(t.new_empty(t.shape) for t in (query, own, tokens))
-
-
-def _image_chunks(tokens: Tensor) -> List[slice]:
-    """Parts of the batch; small ones on the CPU, where products of two batch dimensions copy the tokens."""
-    _, N, _, h, d = tokens.shape
-    return image_chunks(tokens.shape[0], N * h * d) if tokens.is_cpu else [slice(None)]
 
 
 def _heads_view(x: Tensor, images: slice) -> Tensor:

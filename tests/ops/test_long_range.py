@@ -1,7 +1,9 @@
 """Summaries and global tokens against their formulas, over all tokens at once and merged from parts."""
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from ls_vision.ops import joint_heads
 from ls_vision.ops.long_range import attend_globally, merge_parts, summarize
 
 
@@ -89,3 +91,66 @@ def test_nothing_but_arguments_is_kept():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         attend_globally(*args, 0.4)
     assert {t.data_ptr() for t in kept} == {t.data_ptr() for t in args}
+
+
+@pytest.mark.parametrize('kinds', [1, 2])
+@pytest.mark.parametrize('g,m,N', [(1, 1, 20), (3, 2, 7), (1, 1, 0)])
+def test_joint_heads_are_the_same_attention(g, m, N, kinds):
+    """What GPUs compute; its tensors may be on any device."""
+    leaves = draw(g, m, N, kinds)
+    actual, expected = joint_heads.attend(*leaves, 0.4), formula(*leaves, 0.4)
+    torch.testing.assert_close(actual, expected)
+    grads = [torch.randn_like(x) for x in actual]
+    with torch.no_grad():
+        actual = joint_heads.attend_backward(*grads, *leaves, 0.4)
+    torch.testing.assert_close(actual, torch.autograd.grad(expected, leaves, grads))
+
+
+def test_joint_heads_are_the_same_summaries():
+    weights = torch.rand(2, 3, 5, 20, dtype=torch.float64, requires_grad=True)
+    tokens = torch.randn(2, 22, 2, 3, 8, dtype=torch.float64, requires_grad=True)
+    some = tokens[:, 2:]
+    expected = torch.einsum('bhrn,bnkhd->bkhrd', weights, some)
+    grad = torch.randn_like(expected)
+    with torch.no_grad():
+        torch.testing.assert_close(joint_heads.summarize(weights, some), expected)
+        actual = joint_heads.summarize_backward(grad, weights, some)
+    torch.testing.assert_close(actual, torch.autograd.grad(expected, (weights, some), grad))
+
+
+class CopiedBytes(TorchDispatchMode):
+    """Bytes that operations write which only copy, of tensors of at least `size` elements."""
+    COPIES = ('aten::clone', 'aten::copy_', 'aten::_to_copy', 'aten::contiguous')
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.bytes = size, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if function.name().split('.')[0] in self.COPIES and out.numel() >= self.size:
+            self.bytes += out.nbytes
+        return out
+
+
+def test_joint_heads_copy_no_tokens():
+    (query, own, tokens), N = [x.detach() for x in draw(N=400, dtype=torch.float32)], 400
+    tokens = torch.cat([tokens[:, :3], tokens], 1)[:, 3:]  # as layers pass them, a slice
+    weights = torch.rand(2, 3, 5, N)
+    with CopiedBytes(N * 8) as copied:
+        out, lse = joint_heads.attend(query, own, tokens, 0.4)
+        joint_heads.attend_backward(out, lse, query, own, tokens, 0.4)
+        sums = joint_heads.summarize(weights, tokens)
+        joint_heads.summarize_backward(sums, weights, tokens)
+    assert copied.bytes == 0
+
+
+def test_float16_weights_of_a_million_tokens():
+    """Each weight is 1e-6, which float16 has no digits for."""
+    N = 2 ** 20
+    scores = torch.zeros(1, 1, 1, N, dtype=torch.float16)
+    tokens = torch.ones(1, N, 1, 1, 2, dtype=torch.float16)
+    sums, _ = summarize(scores + 1e-2 * torch.rand(N).half(), tokens)
+    torch.testing.assert_close(sums, torch.ones_like(sums), rtol=2e-3, atol=0)
+    sums, _ = summarize(scores, 1e3 * tokens)
+    assert sums.isfinite().all()
