@@ -43,6 +43,7 @@ RUN_ELSEWHERE = {
     'ls-vision scale': 'test_killed_and_resumed',
     'ls-vision attention': 'test_sheet_of_a_photograph',
     'ls-vision export': 'test_command',
+    'ls-vision doctor': 'test_right_backend',
     'python benchmarks/detection_memory.py': 'test_step_and_out_of_memory',
     'python examples/torchvision_detector.py': 'test_command_line',
 }

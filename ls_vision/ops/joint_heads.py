@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .numerics import statistics_dtype, to_dtype
 
-# Of float16 weights, whose digits end at 2^-24: those of a million tokens, 2^-20, become 2^-15. Values may be up to 2^11.
+# Of float16 weights, whose digits end at 2^-24. Those of a million tokens, 2^-20, become 2^-15; values may reach 2^11.
 FLOAT16_SCALE = 32.
 
 
