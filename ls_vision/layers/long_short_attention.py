@@ -282,8 +282,12 @@ class LongShortAttention2d(nn.Module):
         q, kv = q.reshape(B, L, h, d), kv.reshape(B, L, 2, h, d)
         if scores is not None:
             scores = scores.transpose(1, 2).reshape(B, h, scores.shape[-1] // h, H * W)  # no -1: B may be 0
-        return (
-            q[:, g:].reshape(B, H, W, h, d), q[:, :g], kv[:, g:].reshape(B, H, W, 2, h, d), kv[:, :g], scores)
+        if g == 0:
+            return q.reshape(B, H, W, h, d), q[:, :0], kv.reshape(B, H, W, 2, h, d), kv[:, :0], scores
+        # split, not sliced: the gradients of two slices would be padded and added
+        q_global, query = q.split([g, H * W], dim=1)
+        own, pair = kv.split([g, H * W], dim=1)
+        return query.reshape(B, H, W, h, d), q_global, pair.reshape(B, H, W, 2, h, d), own, scores
 
     def _additional(self, pair: Tensor, own: Tensor, scores: Optional[Tensor]) -> Optional[Tensor]:
         """(B, M, 2, h, d), keys and values that every local token sees: r summaries, then g global tokens."""

@@ -23,11 +23,6 @@ from .numerics import statistics_dtype, to_dtype
 FLOAT16_SCALE = 32.
 
 
-def weight_scale(dtype: torch.dtype) -> float:
-    """Factor on softmax weights in that precision, to be taken back from their products."""
-    return FLOAT16_SCALE if dtype == torch.float16 else 1.
-
-
 def summarize(weights: Tensor, tokens: Tensor) -> Tensor:
     """(B, h, r, N) weights and (B, N, n, h, d) tokens -> (B, n, h, r, d)."""
     (_, h, r, _), (n, d) = weights.shape, (tokens.shape[2], tokens.shape[4])
@@ -43,7 +38,13 @@ def summarize_backward(grad: Tensor, weights: Tensor, tokens: Tensor) -> Tuple[T
     return grad_weights.view(weights.shape), grad_tokens.view(tokens.shape)
 
 
-def attend(query: Tensor, own: Tensor, tokens: Tensor, scale: float) -> Tuple[Tensor, Tensor]:
+def attend(
+        query: Tensor,
+        own: Tensor,
+        tokens: Tensor,
+        scale: float,
+        with_lse: bool,
+) -> Tuple[Tensor, Tensor]:
     """Attention of the global tokens.
 
     Args:
@@ -51,17 +52,19 @@ def attend(query: Tensor, own: Tensor, tokens: Tensor, scale: float) -> Tuple[Te
         own: (B, m, 2, h, d).
         tokens: (B, N, n, h, d), n 1 or 2.
         scale: Factor on the products.
+        with_lse: Whether the log-sum-exp is needed.
 
     Returns:
         out: (B, g, h, d).
-        lse: (B, h, g) in the precision of statistics.
+        lse: (B, h, g) in the precision of statistics; no elements unless `with_lse`.
     """
     B, g, h, d = query.shape
     logits = _logits(_blocks(query), own, tokens, scale)
-    weights = _weights(logits, query.dtype).split([own.shape[1], tokens.shape[1]], dim=-1)
+    weights = _scaled(logits.softmax(-1), query.dtype).split([own.shape[1], tokens.shape[1]], dim=-1)
     sums = torch.baddbmm(torch.bmm(weights[0], own[:, :, -1].flatten(2)), weights[1], tokens[:, :, -1].flatten(2))
-    out = _diagonal(sums, (h, g), (1, h, d)).squeeze(3) / weight_scale(query.dtype)  # (B, h, g, d)
-    return out.transpose(1, 2).contiguous(), logits.logsumexp(-1).view(B, h, g)
+    out = _diagonal(sums, (h, g), (1, h, d)).squeeze(3).transpose(1, 2).contiguous()  # from (B, h, g, d)
+    lse = logits.logsumexp(-1).view(B, h, g) if with_lse else logits.new_empty(0)
+    return out / FLOAT16_SCALE if query.dtype == torch.float16 else out, lse
 
 
 def attend_backward(
@@ -81,34 +84,37 @@ def attend_backward(
     delta = (dp * p).sum(-1, keepdim=True)
     if grad_lse is not None:
         delta = delta - grad_lse.reshape(B, h * g, 1)
-    ds = to_dtype(scale * p * (dp - delta), dtype).split([own.shape[1], tokens.shape[1]], dim=-1)
-    weights = _weights(logits, dtype).split([own.shape[1], tokens.shape[1]], dim=-1)
-
-    keys = torch.baddbmm(torch.bmm(ds[0], own[:, :, 0].flatten(2)), ds[1], tokens[:, :, 0].flatten(2))
+    sizes = [own.shape[1], tokens.shape[1]]
+    ds = to_dtype((dp - delta).mul_(p).mul_(scale), dtype)
+    parts = ds.split(sizes, dim=-1)
+    keys = torch.baddbmm(torch.bmm(parts[0], own[:, :, 0].flatten(2)), parts[1], tokens[:, :, 0].flatten(2))
     grad_query = _diagonal(keys, (h, g), (1, h, d)).squeeze(3).transpose(1, 2).contiguous()
-    do = do / weight_scale(dtype)
+
+    if dtype == torch.float16:
+        do = do / FLOAT16_SCALE
+    both = torch.cat([ds, _scaled(p, dtype)], dim=1).transpose(1, 2).split(sizes, dim=1)  # (B, tokens, 2 * h * g)
     grad_own, grad_tokens = (
-        _gradients(d_logits, w, q, do, kinds).view(B, -1, kinds, h, d)
-        for d_logits, w, kinds in zip(ds, weights, (2, tokens.shape[2])))
+        torch.bmm(part, _beside(q, do, kinds)).view(B, -1, kinds, h, d)
+        for part, kinds in zip(both, (2, tokens.shape[2])))
     return grad_query, grad_own, grad_tokens
 
 
-def _gradients(d_logits: Tensor, weights: Tensor, q: Tensor, do: Tensor, kinds: int) -> Tensor:
-    """(B, tokens, kinds * h * d): gradients of keys and of values side by side, or their sum for one kind.
+def _beside(q: Tensor, do: Tensor, kinds: int) -> Tensor:
+    """(B, 2 * h * g, kinds * h * d): what gradients of logits and weights are multiplied by.
 
-    d_logits and weights are (B, h * g, tokens), q and do block-diagonal (B, h * g, h * d).
+    Gradients of keys and values come to lie side by side, or are added where the two are of one kind.
     """
     if kinds == 1:
-        factors = torch.cat([q, do], dim=1)
-    else:
-        zeros = torch.zeros_like(q)
-        factors = torch.cat([torch.cat([q, zeros], dim=2), torch.cat([zeros, do], dim=2)], dim=1)
-    return torch.bmm(torch.cat([d_logits, weights], dim=1).transpose(1, 2), factors)
+        return torch.cat([q, do], dim=1)
+    B, rows, cols = q.shape
+    out = q.new_zeros(B, 2, rows, 2, cols)
+    out[:, 0, :, 0], out[:, 1, :, 1] = q, do
+    return out.view(B, 2 * rows, 2 * cols)
 
 
-def _weights(logits: Tensor, dtype: torch.dtype) -> Tensor:
-    """The softmax of logits in that precision, times `weight_scale`."""
-    return to_dtype(logits.softmax(-1) * weight_scale(dtype), dtype)
+def _scaled(weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """Weights in that precision, in float16 times `FLOAT16_SCALE`."""
+    return to_dtype(weights * FLOAT16_SCALE if dtype == torch.float16 else weights, dtype)
 
 
 def _logits(q: Tensor, own: Tensor, tokens: Tensor, scale: float) -> Tensor:
@@ -121,7 +127,9 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     dtype = statistics_dtype(a)
     if a.dtype == dtype:
         return torch.bmm(a, b)
-    return torch.bmm(a, b, out_dtype=dtype) if a.is_cuda else torch.bmm(a.to(dtype), b.to(dtype))
+    if a.device.type in ('cuda', 'meta'):
+        return torch.bmm(a, b, out_dtype=dtype)
+    return torch.bmm(a.to(dtype), b.to(dtype))
 
 
 def _blocks(x: Tensor) -> Tensor:

@@ -209,8 +209,7 @@ def _attend_plainly(
 def _attend(query: Tensor, own: Tensor, tokens: Tensor, scale: float, with_lse: bool) -> Tuple[Tensor, Tensor]:
     (B, g, h, _), m = query.shape, own.shape[1]
     if query.device.type != 'cpu':
-        out, lse = joint_heads.attend(query, own, tokens, scale)
-        return out, lse if with_lse else lse.new_empty(0)
+        return joint_heads.attend(query, own, tokens, scale, with_lse)
     out = query.new_empty(query.shape)
     lse = query.new_empty((B, h, g) if with_lse else (0,), dtype=statistics_dtype(query))
     for i in image_chunks(B, tokens.shape[1] * h * tokens.shape[4]):

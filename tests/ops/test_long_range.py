@@ -98,7 +98,7 @@ def test_nothing_but_arguments_is_kept():
 def test_joint_heads_are_the_same_attention(g, m, N, kinds):
     """What GPUs compute; its tensors may be on any device."""
     leaves = draw(g, m, N, kinds)
-    actual, expected = joint_heads.attend(*leaves, 0.4), formula(*leaves, 0.4)
+    actual, expected = joint_heads.attend(*leaves, 0.4, True), formula(*leaves, 0.4)
     torch.testing.assert_close(actual, expected)
     grads = [torch.randn_like(x) for x in actual]
     with torch.no_grad():
@@ -138,7 +138,7 @@ def test_joint_heads_copy_no_tokens():
     tokens = torch.cat([tokens[:, :3], tokens], 1)[:, 3:]  # as layers pass them, a slice
     weights = torch.rand(2, 3, 5, N)
     with CopiedBytes(N * 8) as copied:
-        out, lse = joint_heads.attend(query, own, tokens, 0.4)
+        out, lse = joint_heads.attend(query, own, tokens, 0.4, True)
         joint_heads.attend_backward(out, lse, query, own, tokens, 0.4)
         sums = joint_heads.summarize(weights, tokens)
         joint_heads.summarize_backward(sums, weights, tokens)
