@@ -4,7 +4,7 @@
     python -m pytest -q tests/conformance -m 'not slow' --conformance-table fast.json
     python tests/conformance/table.py fast.json slow.json
 
-Later files take precedence, test by test, so that parts of the suite can be run one by one.
+Later files take precedence, by test and model, so that parts of the suite can be run one by one.
 """
 import datetime
 import json
@@ -24,7 +24,9 @@ WORDS = {'passed': 'passes', 'failed': '**fails**', 'skipped': 'not run', 'canno
 def main(paths):
     rows = {}
     for path in paths:
-        rows.update(json.loads(Path(path).read_text()))
+        for words, row in json.loads(Path(path).read_text()).items():
+            known = rows.get(row['command'], {}).get('outcomes', {})
+            rows[row['command']] = {**row, 'words': words, 'outcomes': {**known, **row['outcomes']}}
     lines = [
         '# Conformance',
         '',
@@ -39,7 +41,8 @@ def main(paths):
         '|---|' + '---|' * (len(MODELS) + 1),
     ]
     notes = []
-    for words, row in sorted(rows.items(), key=lambda item: (item[1]['path'], item[0])):
+    for row in sorted(rows.values(), key=lambda row: (row['path'], row['words'])):
+        words = row['words']
         versions = ', '.join(f'{package} {version}' for package, version in row['versions'].items() if version)
         cells = [cell(row['outcomes'].get(name, []), notes) for name in MODELS]
         what = f'{words} ({versions})' if versions else words
