@@ -84,9 +84,14 @@ class Link:
         Raises:
             RuntimeError: Another rank has died or does not answer.
         """
-        for work in works:
-            if work is not None:
-                work.wait() if self.timeout is None else work.wait(self.timeout)
+        try:
+            for work in works:
+                if work is not None:
+                    work.wait() if self.timeout is None else work.wait(self.timeout)
+        except RuntimeError as e:
+            raise RuntimeError(
+                f'Rank {self.rank} of the {self.size} ranks of an image (processes {self.global_ranks}) got no {what} '
+                f'from another: that one has died, raised an error or hangs. {e}') from e
 
 
 def check_mesh(mesh: DeviceMesh) -> None:

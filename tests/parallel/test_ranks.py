@@ -92,5 +92,4 @@ def test_ddp_over_all_ranks(results):
 @pytest.mark.parametrize('order', ['strips first', 'shards first'])
 def test_fsdp(order, over):
     for errors in run_ranks(rank_checks.sharded, 4, order, over):
-        assert {key: e for key, e in errors.items() if key.startswith('gradient') and not e < 1e-5} == {}
-        assert max(errors.values()) < 2e-5
+        assert {key: e for key, e in errors.items() if not e < 1e-10} == {}
