@@ -67,7 +67,8 @@ def measure(args: argparse.Namespace, ranks: int) -> dict[str, Any]:
     busiest = max(results, key=lambda r: forward_backward(r['sent']))
     return dict(
         ranks=ranks, rows=[r['rows'] for r in results], peak_mb=[r['peak_mb'] for r in results],
-        sent=busiest['sent'], sent_forward=busiest['sent_forward'], seconds=max(r['seconds'] for r in results), logits=results[0]['logits'], norm=results[0]['norm'],
+        sent=busiest['sent'], sent_forward=busiest['sent_forward'],
+        seconds=max(r['seconds'] for r in results), logits=results[0]['logits'], norm=results[0]['norm'],
         ring=ring_bytes(args.model, args.height, args.width, ranks))
 
 
