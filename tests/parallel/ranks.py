@@ -14,7 +14,7 @@ PRELOADED = ['torch', 'timm', 'ls_vision', 'ls_vision.parallel', 'torch.distribu
 
 
 def run_ranks(function, num_ranks, *args, timeout=200):
-    """What `function(*args)` returns on each of `num_ranks` processes of one gloo group.
+    """What `function(*args)` returns on each of `num_ranks` processes of one gloo group; None where one exits before.
 
     The processes are forks of one that has imported everything, which is what takes time.
     """
@@ -35,7 +35,8 @@ def run_ranks(function, num_ranks, *args, timeout=200):
         errors = [path.read_text() for path in sorted(Path(folder).glob('*.txt'))]
         codes = [process.exitcode for process in processes]
         assert codes == [0] * num_ranks, f'exit codes {codes}\n' + '\n'.join(errors)
-        return [torch.load(f'{folder}/{rank}.pt', weights_only=False) for rank in range(num_ranks)]
+        paths = [Path(f'{folder}/{rank}.pt') for rank in range(num_ranks)]
+        return [torch.load(path, weights_only=False) if path.exists() else None for path in paths]
 
 
 def free_port():
@@ -50,7 +51,8 @@ def _run(function, rank, num_ranks, port, folder, args):
     try:
         dist.init_process_group(
             'gloo', rank=rank, world_size=num_ranks, timeout=datetime.timedelta(seconds=60))
-        torch.save(function(*args), f'{folder}/{rank}.pt')
+        result = function(*args)
+        torch.save(result, f'{folder}/{rank}.pt')
         dist.destroy_process_group()
     except BaseException:
         Path(f'{folder}/{rank}.txt').write_text(f'rank {rank}:\n{traceback.format_exc()}')

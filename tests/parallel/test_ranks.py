@@ -1,4 +1,5 @@
 """Split models on two ranks: what they send, what they refuse, what they draw, and what they are used with."""
+import failing_ranks
 import pytest
 import rank_checks
 import torch
@@ -85,6 +86,14 @@ def test_autocast(results):
 
 def test_ddp_over_all_ranks(results):
     assert all(result['ddp'] < 1e-5 for result in results)
+
+
+@pytest.mark.parametrize('how', ['dies', 'hangs'])
+def test_rank_that_is_gone_ends_the_other(how):
+    (message, seconds), gone = run_ranks(failing_ranks.fail, 2, how, 2.)
+    assert gone is None and seconds < 10
+    assert 'Rank 0 of the 2 ranks of an image (processes [0, 1]) got no checks from another' in message
+    assert 'died, raised an error or hangs' in message
 
 
 @pytest.mark.slow
