@@ -210,13 +210,7 @@ class LongShortAttention2d(nn.Module):
         """
         query, q_global, pair, own, scores = self._project(x, feat_size)
         additional = self._additional(pair, own, scores)
-        if torch.jit.is_scripting():
-            out = self._attend_explicitly(query, pair, additional)
-        elif self.fused_attn and cpu.is_inactive_dropout(self.attn_drop):
-            window = self._make_window()
-            out, _ = attend(query, pair, window, additional, self.position_bias(), self.scale)
-        else:
-            out = self._attend_explicitly(query, pair, additional)
+        out = self._attend(query, pair, additional)
         x = out.flatten(3).flatten(1, 2)  # (B, N, C)
         if self.num_global_tokens > 0:
             out_global, _ = attend_globally(q_global, own, self._global_keys(out, pair), self.scale)  # (B, g, h, d)
@@ -273,7 +267,7 @@ class LongShortAttention2d(nn.Module):
                     scores = cpu.linear(self.to_dynamic_projection, x)[:, g:]
         else:
             assert self.query is not None and self.key is not None and self.value is not None
-            grid = to_grid(x, feat_size)
+            grid = self._conv_grid(x, feat_size)
             q, kv = self.query(grid), torch.stack([self.key(grid), self.value(grid)], dim=2)
             if self.scores is not None:
                 scores = self.scores(grid)
@@ -294,10 +288,30 @@ class LongShortAttention2d(nn.Module):
         if scores is None or self.dual_ln_dp is None:
             return own if self.num_global_tokens > 0 else None
         B, _, _, _, h, d = pair.shape
-        sums, _ = summarize(scores, pair.flatten(1, 2))  # (B, h, r, 2 * d)
+        sums = self._summarize(scores, pair)
         r = sums.shape[2]
         long = sums.unflatten(-1, (2, d)).permute(0, 2, 3, 1, 4).reshape(B, r, 2, h * d)
         return torch.cat([self.dual_ln_dp(long).reshape(B, r, 2, h, d), own], dim=1)
+
+    def _summarize(self, scores: Tensor, pair: Tensor) -> Tensor:
+        """(B, h, r, 2 * d), the sums of keys and values that the scores weight."""
+        sums, _ = summarize(scores, pair.flatten(1, 2))
+        return sums
+
+    def _conv_grid(self, x: Tensor, feat_size: Tuple[int, int]) -> Tensor:
+        """(B, N, C) -> (B, C, H, W), what convolutional projections take."""
+        return to_grid(x, feat_size)
+
+    def _attend(self, query: Tensor, pair: Tensor, additional: Optional[Tensor]) -> Tensor:
+        """The attention of local tokens; (B, H, W, h, d)."""
+        if torch.jit.is_scripting():
+            return self._attend_explicitly(query, pair, additional)
+        else:
+            if self.fused_attn and cpu.is_inactive_dropout(self.attn_drop):
+                window = self._make_window()
+                out, _ = attend(query, pair, window, additional, self.position_bias(), self.scale)
+                return out
+            return self._attend_explicitly(query, pair, additional)
 
     def _attend_explicitly(self, query: Tensor, pair: Tensor, additional: Optional[Tensor]) -> Tensor:
         """The attention of local tokens with its weights passed through `attn_drop`; (B, H, W, h, d)."""
