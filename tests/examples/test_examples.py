@@ -79,7 +79,7 @@ def test_segmentation_takes_images_that_are_not_square(decoder):
     assert all(g is not None and g.isfinite().all() for g in backbone_gradients(model, 'encoder').values())
 
 
-@pytest.mark.parametrize('decoder', ['fpn', 'upernet'])
+@pytest.mark.parametrize('decoder', ['fpn', pytest.param('upernet', marks=pytest.mark.slow)])
 def test_segmentation_of_a_real_photograph(decoder):
     torch.manual_seed(0)
     image, target = smp_segmentation.read_photograph()
