@@ -25,18 +25,17 @@ os.environ.setdefault('GOMP_SPINCOUNT', '1000')
 
 import torch
 from timm.data import create_dataset, resolve_input_data_config
-from timm.utils import ParseKwargs
 from torch import nn
 
 from ls_vision.data.folders import SPLIT_FOLDERS, class_to_idx, is_split, shorten
 from ls_vision.data.images import StrictImageDataset
-from ls_vision.data.readers import open_images
+from ls_vision.data.readers import image_mode, open_images
 from ls_vision.evaluation import imagenet
 from ls_vision.evaluation.classifier import create_classifier, read_class_names
 from ls_vision.evaluation.loader import create_eval_loader
 from ls_vision.evaluation.predictions import Predictions, accuracy, predict
 from ls_vision.models._checkpoint import load_weights
-from ls_vision.runtime.arguments import parse_strictly
+from ls_vision.runtime.arguments import KeyValues, parse_strictly
 from ls_vision.runtime.devices import autocast, check_device
 from ls_vision.runtime.errors import UserError, first_line
 from ls_vision.runtime.files import write_text
@@ -63,7 +62,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add('--split', default='validation', help='split of such a dataset (%(default)s)')
     add('--variant', default='val', choices=imagenet.VARIANTS, help='kind of ImageNet (%(default)s)')
     add('--model', default='vil_ls_tiny', help='timm model name (%(default)s)')
-    add('--model-kwargs', nargs='*', default={}, action=ParseKwargs, help='constructor arguments, k=v')
+    add('--model-kwargs', nargs='*', default={}, action=KeyValues, help='constructor arguments, k=v')
     add('--num-classes', type=int, default=imagenet.NUM_CLASSES, help="the model's classes (%(default)s)")
     add('--checkpoint', default='', metavar='PATH', help='weight file; its averaged weights where it has them')
     add('--pretrained', action='store_true', help='evaluate the published weights')
@@ -102,6 +101,7 @@ def check_args(args: argparse.Namespace) -> None:
             raise UserError(f'--results-file {path}: the suffix must be one of {", ".join(SUFFIXES)}')
         if not Path(path).parent.is_dir():
             raise UserError(f'--results-file {path}: its folder does not exist')
+    image_mode(args.model_kwargs)
     check_device(args.device)
 
 
@@ -165,12 +165,15 @@ def open_dataset(
         class_names: list[str] | None,
 ) -> Any:
     """The images, with targets among the model's classes or, for a variant with fewer, among its classes."""
+    mode = image_mode(args.model_kwargs)
     if folder is None:
         try:
-            return create_dataset(args.dataset, root=args.data_dir, split=args.split, batch_size=args.batch_size)
+            return create_dataset(
+                args.dataset, root=args.data_dir, split=args.split, batch_size=args.batch_size, input_img_mode=mode)
         except (RuntimeError, OSError, ValueError, ImportError, AssertionError) as e:
             raise UserError(f'{args.dataset}: {first_line(e)}') from e
     dataset = open_images(folder)
+    dataset.input_img_mode = mode
     found = class_to_idx(dataset)
     dataset.reader.number(imagenet.class_map(found, args.num_classes, classes, class_names))
     missing = [name for name in class_names or () if name not in found]

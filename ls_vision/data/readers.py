@@ -21,6 +21,7 @@ from ..runtime.errors import UserError
 
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.jfif', '.webp', '.bmp', '.tif', '.tiff', '.gif', '.avif', '.ppm', '.pgm', '.jp2')
 OTHER_SUFFIXES = ('.heic', '.heif', '.jxl', '.svg', '.dng', '.cr2', '.nef', '.arw', '.raw', '.npy')  # not of Pillow
+IMAGE_MODES = {1: 'L', 3: 'RGB'}  # by the channels of a model
 OF_SYSTEMS = ('__MACOSX', '@eaDir', 'lost+found')  # folders of macOS' zip files, Synology and Linux
 
 
@@ -152,6 +153,20 @@ def open_images(path: str | os.PathLike[str], suffixes: Sequence[str] = SUFFIXES
     """A folder or tar archive of images as a dataset of timm."""
     reader = TarReader(path) if os.path.isfile(path) else FolderReader(path, suffixes)
     return ImageDataset(str(path), reader=reader)
+
+
+def image_mode(model_kwargs: Mapping[str, Any]) -> str:
+    """Pillow's name of the colour mode that a model with these constructor arguments takes.
+
+    Raises:
+        UserError: There is none.
+    """
+    channels = model_kwargs.get('in_chans', 3)
+    if channels not in IMAGE_MODES:
+        raise UserError(
+            f'--model-kwargs in_chans={channels}: images are read with 3 channels (RGB) or with 1 (grey); a model of '
+            'more takes tensors of your own, in Python')
+    return IMAGE_MODES[channels]
 
 
 def class_name(folder: str) -> str:

@@ -24,13 +24,12 @@ def create_classifier(args: argparse.Namespace, num_classes: int, **kwargs: Any)
     Raises:
         UserError: There is no such model, or it cannot be built with these arguments.
     """
-    if ':' not in args.model:  # e.g. hf-hub:owner/name, which timm resolves
-        check_model(args.model)
+    check_model(args.model)
     try:
         model_args = resolve_model_input_args(
             args.model, vars(args), num_classes=num_classes, **{**kwargs, **args.model_kwargs})
         return timm.create_model(pretrained=args.pretrained, **model_args)
-    except (TypeError, ValueError, RuntimeError, AssertionError) as e:
+    except (TypeError, ValueError, RuntimeError, AssertionError, OSError) as e:  # OSError: weights that are out of reach
         raise UserError(f'model {args.model} cannot be built with {args.model_kwargs}: {first_line(e)}') from e
 
 

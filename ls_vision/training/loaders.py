@@ -14,15 +14,13 @@ from torch.utils.data import IterableDataset
 
 from ..data.folders import check_class_map, class_names, class_to_idx, find_split, read_class_map, shorten
 from ..data.images import StrictImageDataset
-from ..data.readers import SUFFIXES, open_images
+from ..data.readers import SUFFIXES, image_mode, open_images
 from ..evaluation.loader import create_eval_loader, shared_options
 from ..runtime.errors import UserError, first_line
 from ..runtime.logs import say
 from ..runtime.processes import Processes
 from ..runtime.randomness import derive_seed
 from .sampling import ResumableBatchSampler, create_resumable_loader
-
-IMAGE_MODES = {1: 'L', 3: 'RGB'}  # by the model's channels
 
 
 @dataclass
@@ -61,20 +59,6 @@ def create_datasets(args: argparse.Namespace) -> Datasets:
     # Numbered on its own, an evaluation split that lacks a class would number the others wrongly.
     val.reader.number(classes)
     return Datasets(_strict(train, replace=True), _strict(val, replace=False), class_names(train))
-
-
-def image_mode(args: argparse.Namespace) -> str:
-    """Pillow's name of the colour mode that a model of `--model-kwargs in_chans` takes.
-
-    Raises:
-        UserError: There is none.
-    """
-    channels = args.model_kwargs.get('in_chans', 3)
-    if channels not in IMAGE_MODES:
-        raise UserError(
-            f'--model-kwargs in_chans={channels}: images are read with 3 channels (RGB) or with 1 (grey); a model of '
-            'more takes tensors of your own, in Python')
-    return IMAGE_MODES[channels]
 
 
 def resolve_num_classes(args: argparse.Namespace, datasets: Datasets) -> int:
@@ -223,7 +207,7 @@ def _create_mixup(args: argparse.Namespace, num_classes: int) -> FastCollateMixu
 def _open_folder(args: argparse.Namespace, folder: Path) -> ImageDataset:
     """The images of a folder or tar archive, with what the user should know about it."""
     dataset = open_images(folder, args.input_key.split(';') if args.input_key else SUFFIXES)
-    dataset.input_img_mode = image_mode(args)
+    dataset.input_img_mode = image_mode(args.model_kwargs)
     for note in dataset.reader.notes:
         say(note)
     return dataset
@@ -238,7 +222,7 @@ def _open(args: argparse.Namespace, split: str) -> Any:
             root=args.data_dir,
             split=split,
             class_map=args.class_map,
-            input_img_mode=image_mode(args),
+            input_img_mode=image_mode(args.model_kwargs),
             is_training=is_training,
             batch_size=args.batch_size,
             seed=args.seed,

@@ -164,11 +164,25 @@ def test_two_processes_give_the_figures_of_one(options, make_folder, tmp_path):
     (['--data-dir', '.', '--num-classes', '10', '--variant', 'a'], '--variant a is for models of 1000 classes'),
     (['--data-dir', '.', '--model', 'vil_ls_tinny'], "unknown model 'vil_ls_tinny'; did you mean 'vil_ls_tiny'"),
     (['--data-dir', '.', '--model', 'test_vit2'], 'does not fit VisionTransformer'),
+    (['--data-dir', '.', '--model', 'local-dir:nowhere'], 'Config file not found: nowhere'),
+    (['--data-dir', '.', '--model', 'vil_ls_tiny.wrong'], "unknown tag 'wrong' of model"),
 ])
 def test_wrong_input_is_one_line(options, argv, message):
     with pytest.raises(SystemExit, match=message) as error:
         run(options, *argv)
     assert '\n' not in str(error.value)
+
+
+def test_grey_images(make_folder, tmp_path):
+    make_folder(tmp_path / 'val')
+    torch.save(timm.create_model('test_vit', in_chans=1).state_dict(), tmp_path / 'model.pth')
+    options = ['--model', 'test_vit', '--checkpoint', str(tmp_path / 'model.pth'), '--device', 'cpu', '--workers', '0']
+    result = run(options, '--data-dir', tmp_path / 'val', '--model-kwargs', 'in_chans=1')
+    assert (result['images'], result['unreadable']) == (20, 0)
+    with pytest.raises(SystemExit, match='in_chans=4: images are read with 3 channels'):
+        run(options[:2], '--pretrained', '--data-dir', tmp_path / 'val', '--model-kwargs', 'in_chans=4')
+    with pytest.raises(SystemExit):
+        run(options, '--data-dir', tmp_path / 'val', '--model-kwargs', 'in_chans')
 
 
 def test_classes_that_are_not_the_models(options, tmp_path, photographs):
