@@ -29,7 +29,7 @@ def create_classifier(args: argparse.Namespace, num_classes: int, **kwargs: Any)
         model_args = resolve_model_input_args(
             args.model, vars(args), num_classes=num_classes, **{**kwargs, **args.model_kwargs})
         return timm.create_model(pretrained=args.pretrained, **model_args)
-    except (TypeError, ValueError, RuntimeError, AssertionError, OSError) as e:  # OSError: weights that are out of reach
+    except (TypeError, ValueError, RuntimeError, AssertionError, OSError) as e:  # the last: weights out of reach
         raise UserError(f'model {args.model} cannot be built with {args.model_kwargs}: {first_line(e)}') from e
 
 

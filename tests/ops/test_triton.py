@@ -428,7 +428,8 @@ def all_compile_cases():
     """What there is to choose from, but for cases that make no difference to a kernel or are easier than others."""
     yield from itertools.product(KERNELS, (80, 90), ('float16',), (64,), (7,), (9,), (True,))
     problems = [(2, False), (8, False), (2, True), (7, True), (8, True), (12, True), (16, True)]
-    for kernel, arch, dtype, d in itertools.product(KERNELS, (80, 90), ('bfloat16', 'float32'), (16, 32, 64, 128)):
+    widths = 16, 32, 48, 64, 80, 96, 128
+    for kernel, arch, dtype, d in itertools.product(KERNELS, (80, 90), ('bfloat16', 'float32'), widths):
         for w, bias in problems[-1:] if kernel == 'additional_gradient' else problems:
             if bias or kernel != 'bias_gradient':
                 yield kernel, arch, dtype, d, w, 65, bias
