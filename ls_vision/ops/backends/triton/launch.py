@@ -84,8 +84,18 @@ _AMPERE_BLOCKS: Dict[str, Dict[int, List[Blocks]]] = {
 }
 # float32 is multiplied without tensor cores, in full precision
 _FLOAT32_BLOCKS: Dict[str, Dict[int, List[Blocks]]] = {
-    'forward': {64: [Blocks(64, 32, 8, 2, 255)], 128: [Blocks(32, 32, 16, 2, 128)]},
-    'query_gradient': {64: [Blocks(64, 32, 8, 2, 255)], 128: [Blocks(32, 32, 16, 2, 128)]},
+    'forward': {
+        32: [Blocks(64, 32, 8, 2, 255)],
+        63: [Blocks(64, 32, 16, 2, 128)],  # masks of the unused channels take registers
+        64: [Blocks(64, 32, 8, 2, 255)],
+        128: [Blocks(32, 32, 16, 2, 128)],
+    },
+    'query_gradient': {
+        32: [Blocks(64, 32, 8, 2, 255)],
+        63: [Blocks(64, 32, 16, 2, 128)],  # masks of the unused channels take registers
+        64: [Blocks(64, 32, 8, 2, 255)],
+        128: [Blocks(32, 32, 16, 2, 128)],
+    },
     'key_gradient': {64: [Blocks(32, 32, 8, 2, 255)], 128: [Blocks(16, 32, 8, 1, 255)]},
     'additional_gradient': {64: [Blocks(32, 32, 8, 2, 255)], 128: [Blocks(32, 32, 16, 2, 128)]},
     'bias_gradient': {64: [Blocks(32, 32, 8, 2, 255)], 128: [Blocks(16, 32, 16, 2, 128)]},
