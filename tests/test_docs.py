@@ -114,7 +114,7 @@ def check_names(text, place, known):
             assert node.id in known or node.id in namespace, f'{place}: {node.id} is not defined'
         if isinstance(node, ast.Call):
             function = resolve(node.func, namespace)
-            if function is not None:
+            if function is not None and not inspect.isbuiltin(function):  # PyTorch's built-in ones have no signature
                 inspect.signature(function).bind_partial(*node.args, **{k.arg: k.value for k in node.keywords if k.arg})
             if function is timm.create_model:
                 assert timm.is_model(node.args[0].value), f'{place}: {node.args[0].value} is no model'
