@@ -19,8 +19,13 @@ from torch import Tensor
 
 from .numerics import statistics_dtype, to_dtype
 
-# Of float16 weights, whose digits end at 2^-24. Those of a million tokens, 2^-20, become 2^-15; values may reach 2^11.
-FLOAT16_SCALE = 32.
+
+def float16_scale() -> float:
+    """Factor on float16 weights, whose digits end at 2^-24.
+
+    Those of a million tokens, 2^-20, become 2^-15; weighted values may reach 2^11. A function, for TorchScript.
+    """
+    return 32.
 
 
 def summarize(weights: Tensor, tokens: Tensor) -> Tensor:
@@ -64,7 +69,7 @@ def attend(
     sums = torch.baddbmm(torch.bmm(weights[0], own[:, :, -1].flatten(2)), weights[1], tokens[:, :, -1].flatten(2))
     out = _diagonal(sums, (h, g), (1, h, d)).squeeze(3).transpose(1, 2).contiguous()  # from (B, h, g, d)
     lse = logits.logsumexp(-1).view(B, h, g) if with_lse else logits.new_empty(0)
-    return out / FLOAT16_SCALE if query.dtype == torch.float16 else out, lse
+    return out / float16_scale() if query.dtype == torch.float16 else out, lse
 
 
 def attend_backward(
@@ -91,7 +96,7 @@ def attend_backward(
     grad_query = _diagonal(keys, (h, g), (1, h, d)).squeeze(3).transpose(1, 2).contiguous()
 
     if dtype == torch.float16:
-        do = do / FLOAT16_SCALE
+        do = do / float16_scale()
     both = torch.cat([ds, _scaled(p, dtype)], dim=1).transpose(1, 2).split(sizes, dim=1)  # (B, tokens, 2 * h * g)
     grad_own, grad_tokens = (
         torch.bmm(part, _beside(q, do, kinds)).view(B, -1, kinds, h, d)
@@ -113,8 +118,8 @@ def _beside(q: Tensor, do: Tensor, kinds: int) -> Tensor:
 
 
 def _scaled(weights: Tensor, dtype: torch.dtype) -> Tensor:
-    """Weights in that precision, in float16 times `FLOAT16_SCALE`."""
-    return to_dtype(weights * FLOAT16_SCALE if dtype == torch.float16 else weights, dtype)
+    """Weights in that precision, in float16 times `float16_scale()`."""
+    return to_dtype(weights * float16_scale() if dtype == torch.float16 else weights, dtype)
 
 
 def _logits(q: Tensor, own: Tensor, tokens: Tensor, scale: float) -> Tensor:

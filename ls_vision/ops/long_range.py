@@ -20,7 +20,7 @@ from torch.utils.flop_counter import register_flop_formula
 from . import double_backward, joint_heads
 from .calls import is_followed
 from .chunks import image_chunks
-from .joint_heads import FLOAT16_SCALE
+from .joint_heads import float16_scale
 from .numerics import at_least_float32, attention_logits, statistics_dtype, to_dtype
 
 
@@ -60,14 +60,14 @@ def summarize(scores: Tensor, tokens: Tensor, with_lse: bool = False) -> Tuple[T
         followed = is_followed(scores, tokens)
         sums = (_weighted_sums if followed else torch.ops.ls_vision.summarize)(weights, tokens)  # (B, n, h, r, d)
     if scores.dtype == torch.float16:
-        sums = sums / FLOAT16_SCALE
+        sums = sums / float16_scale()
     return sums.permute(0, 2, 3, 1, 4).flatten(3), lse
 
 
 def _softmax(scores: Tensor) -> Tensor:
-    """Weights of the tokens in the dtype of the scores; in float16 `FLOAT16_SCALE` times as large."""
+    """Weights of the tokens in the dtype of the scores; in float16 `float16_scale()` times as large."""
     if scores.dtype == torch.float16:
-        return (scores.softmax(dim=-1, dtype=torch.float32) * FLOAT16_SCALE).to(torch.float16)
+        return (scores.softmax(dim=-1, dtype=torch.float32) * float16_scale()).to(torch.float16)
     # float32 statistics; the dtype is named because autocast would make the whole result float32
     return scores.softmax(dim=-1, dtype=scores.dtype)
 
