@@ -169,6 +169,17 @@ def half_precision():
     return error(split.float(), exact), error(whole.float(), exact)
 
 
+def compiled():
+    """Errors of logits and gradients under `torch.compile`, without code generation."""
+    mesh, case = space(), CASES['vil']
+    model = torch.compile(parallelize(build(case), mesh), backend='aot_eager')
+    found = train(model, split_image(images(case), mesh, 56), case, mesh)
+    expected = train(build(case), images(case), case, None)
+    return max(
+        error(found[key.replace(' ', ' _orig_mod.') if key.startswith('gradient') else key], expected[key])
+        for key in expected if key.startswith(('gradient', 'output')))
+
+
 def ddp():
     """Error of gradients with DDP over all ranks, which averages what is equal already."""
     mesh, case = space(), CASES['vil']

@@ -100,5 +100,5 @@ def train(model, x, case, mesh):
 def error(a, b):
     """Largest difference over the largest value."""
     assert a.shape == b.shape
-    a, b = a.double(), b.double()
+    a, b = a.detach().double(), b.detach().double()
     return float((a - b).abs().max() / b.abs().max().clamp(min=1e-12))

@@ -97,6 +97,11 @@ def test_rank_that_is_gone_ends_the_other(how):
 
 
 @pytest.mark.slow
+def test_compiled():
+    assert all(value < 1e-5 for value in run_ranks(rank_checks.compiled, 2))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize('over', ['data', 'all'])
 @pytest.mark.parametrize('order', ['strips first', 'shards first'])
 def test_fsdp(order, over):
