@@ -13,3 +13,12 @@ torch.set_num_threads(min(2, os.cpu_count() or 1))
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope='module')
+def one_thread():
+    """For tensors so small that two threads would be slower; `pytestmark = pytest.mark.usefixtures('one_thread')`."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -19,10 +19,10 @@ from typing import NamedTuple
 
 import pytest
 import timm
-import torch
 
 import ls_vision  # noqa: F401  registers the models
 
+pytestmark = pytest.mark.usefixtures('one_thread')
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *sorted((ROOT / 'docs').glob('*.md'))]
 FENCED = re.compile(r'^ *```(\w*)([^\n`]*)\n(.*?)^ *```$', re.MULTILINE | re.DOTALL)  # language, info, text
@@ -75,15 +75,6 @@ def read_commands():
                 words = shlex.split(line, comments=True)
                 if words:
                     yield f'{block.page}:{block.line}', words
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The blocks are small, and the machine may be shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # ---- Python ----------------------------------------------------------------------------------------------------------

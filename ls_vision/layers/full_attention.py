@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..ops.calls import is_empty, is_followed
 from ..ops.numerics import attention_weights, to_dtype
 from . import cpu
-from .checks import check_heads, check_token_count
+from .checks import check_at_least, check_heads, check_token_count
 from .position_bias import grid_bias, grid_bias_rows, resize_grid_bias
 from .projection import ConvQKV, rename_old_keys, to_grid
 
@@ -80,8 +80,7 @@ class FullAttention2d(nn.Module):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         check_heads(dim, num_heads)
-        if num_global_tokens < 0:
-            raise ValueError(f'num_global_tokens is {num_global_tokens}, expected 0 or more.')
+        check_at_least(0, num_global_tokens=num_global_tokens)
         if conv_projection and num_global_tokens:
             raise ValueError(f'num_global_tokens is {num_global_tokens}, convolutional projections allow only 0.')
         self.dim = dim

@@ -18,14 +18,7 @@ import listops  # noqa: E402
 from ls_vision.data import austen  # noqa: E402
 from ls_vision.models import language_model, sequence_classifier  # noqa: E402
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors this small are slower on two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def test_values_lengths_and_tokens_of_trees():

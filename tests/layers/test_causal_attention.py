@@ -10,14 +10,7 @@ from ls_vision.compat import ChunkedLSAttention
 from ls_vision.layers import CausalLongShortAttention1d
 from ls_vision.layers.sinusoids import sinusoids
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors this small are slower on two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def make(dim=16, num_heads=2, window_size=8, chunk_size=4, **kwargs):

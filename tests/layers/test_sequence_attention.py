@@ -9,14 +9,7 @@ from torch._dynamo.testing import CompileCounter
 from ls_vision.compat import SequenceAttentionLS
 from ls_vision.layers import LongShortAttention1d
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors this small are slower on two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def released_config(meta):

@@ -6,16 +6,8 @@ from hypothesis import strategies as st
 
 from ls_vision.ops.causal import CausalGeometry, causal_attention, causal_pieces
 
+pytestmark = pytest.mark.usefixtures('one_thread')
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}  # of the largest
-
-
-@pytest.fixture(autouse=True, scope='module')
-def one_thread():
-    """Tensors this small are slower on two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def draw_inputs(geometry, B, M, L, h, d, dtype=torch.float32, seed=0):

@@ -13,17 +13,9 @@ from ls_vision.training.config import parse_args
 from ls_vision.training.engine import update
 from ls_vision.training.resume import restore
 
+pytestmark = pytest.mark.usefixtures('one_thread')
 BASE = ('--data-dir', 'x', '--device', 'cpu', '--opt', 'adamw', '--lr', '1e-2', '--warmup-epochs', '0', '--batch-size',
         '4', '--weight-decay', '.05', '--epochs', '4')
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads would spin longer than these sums take."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Run:
