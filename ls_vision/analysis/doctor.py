@@ -2,8 +2,6 @@
 
 As a program, `python -m ls_vision.analysis.doctor`, it writes a line of JSON to stdout before and after each check, so
 that whoever started it knows which check ended it: an illegal memory access on a GPU harms no other process.
-
-Shapes: B batch, H x W grid, h heads, d head width, M additional keys; Q queries and K keys of a window.
 """
 import functools
 import json
@@ -11,7 +9,7 @@ import os
 import platform
 import shutil
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Optional
+from typing import Any, Optional
 
 import timm
 import torch
@@ -21,36 +19,19 @@ from ls_vision._version import __version__
 from ls_vision.analysis.zoo import own_models
 from ls_vision.layers import LongShortAttention2d
 from ls_vision.ops.attention import attend
-from ls_vision.ops.backends import BACKEND_ENV, BACKENDS, resolve
+from ls_vision.ops.backends import BACKEND_ENV, BACKENDS, probe, resolve
+from ls_vision.ops.backends.probe import Problem
 from ls_vision.ops.backends.reference import reference_attention
 from ls_vision.ops.backends.triton.trial import TRIAL_ENV
 from ls_vision.ops.backends.triton.tuning import AUTOTUNE_ENV
-from ls_vision.ops.window import Window, make_window, num_keys, num_queries, square_window
+from ls_vision.ops.window import make_window, square_window
 from ls_vision.runtime.errors import first_line
 
 ENVIRONMENT = (BACKEND_ENV, TRIAL_ENV, AUTOTUNE_ENV, 'TRITON_INTERPRET', 'CUDA_VISIBLE_DEVICES', 'CUDA_LAUNCH_BLOCKING')
 
-# Largest difference from float64 as a fraction of the largest entry, forward and backward.
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-TF32_TOLERANCE = 2e-2
-
 
 class Skipped(Exception):
     """Why a check can't be done here."""
-
-
-class Problem(NamedTuple):
-    """What a layer asks of the operator."""
-    head_dim: int
-    window: Window
-    num_additional: int
-    has_bias: bool
-
-    def __str__(self) -> str:
-        bias = 'with' if self.has_bias else 'no'
-        return (
-            f'head width {self.head_dim}, window {self.window.rows}, {self.num_additional} additional keys, '
-            f'{bias} bias')
 
 
 def facts() -> dict[str, Any]:
@@ -72,7 +53,7 @@ def checks(device: torch.device) -> Iterator[tuple[str, Callable[[], str]]]:
     backends = ('triton', 'blocked') if device.type == 'cuda' else ('blocked',)
     for backend in backends:
         for problem in zoo_problems():
-            for dtype in TOLERANCE:
+            for dtype in probe.DTYPES:
                 name = f'{backend}, {str(dtype).removeprefix("torch.")}, {problem}'
                 yield name, functools.partial(compare, backend, problem, dtype, device)
     yield 'compiled training step in bfloat16', functools.partial(_train_compiled, device)
@@ -102,40 +83,30 @@ def compare(backend: str, problem: Problem, dtype: torch.dtype, device: torch.de
         Skipped: The backend can't compute it here.
         AssertionError: An error is larger than rounding makes it.
     """
-    inputs, grad = _draw(problem, dtype, device)
-    reason = BACKENDS[backend].why_not(inputs[0], problem.window, True, False)
+    inputs = probe.draw(problem, dtype, device)
+    reason = BACKENDS[backend].why_not(inputs.query, problem.window, True, False)
     if reason is not None:
         raise Skipped(reason)
-    actual = _differentiate(functools.partial(attend, backend=backend), problem, inputs, grad)
-    expected = _differentiate(reference_attention, problem, [x.double() for x in inputs], grad.double())
-    worst = 0.
-    for name, x, y in zip(('output', 'queries', 'keys and values', 'additional keys', 'bias'), actual, expected):
-        error = float((x.double() - y).abs().max() / y.abs().max().clamp(min=1e-6))
-        tf32 = dtype == torch.float32 and device.type == 'cuda' and torch.backends.cuda.matmul.fp32_precision == 'tf32'
-        tolerance = TF32_TOLERANCE if tf32 else TOLERANCE[dtype]
-        assert error <= tolerance, f'{name}: an error of {error:.1e} of the largest entry, expected up to {tolerance}'
-        worst = max(worst, error)
-    return f'largest error {worst:.1e}'
+    exact = probe.Inputs(*(None if x is None else x.double() for x in inputs))  # type: ignore[arg-type]
+    actual = _differentiate(functools.partial(attend, backend=backend), problem, inputs)
+    expected = _differentiate(reference_attention, problem, exact)
+    error, name = probe.largest_error(('output', *probe.GRADIENTS), actual, expected)
+    tolerance = probe.tolerance(dtype, device)
+    assert error <= tolerance, f'{name}: an error of {error:.1e} of the largest entry, expected up to {tolerance}'
+    return f'largest error {error:.1e}'
 
 
-def _draw(problem: Problem, dtype: torch.dtype, device: torch.device) -> tuple[list[Tensor], Tensor]:
-    """Query, keys and values, additional ones, and the bias if there is one; the gradient of the output."""
-    generator = torch.Generator().manual_seed(0)
-    B, h, d, window = 2, 2, problem.head_dim, problem.window
-    H, W = 2 * window.rows + (window.rows + 1) // 2, window.cols + (window.cols + 1) // 2
-    shapes = [(B, H, W, h, d), (B, H, W, 2, h, d), (B, problem.num_additional, 2, h, d)]
-    if problem.has_bias:
-        shapes.append((h, num_queries(window), num_keys(window)))
-    tensors = [torch.randn(shape, generator=generator).to(device, dtype) for shape in (*shapes, (B, H, W, h, d))]
-    return tensors[:-1], tensors[-1]
-
-
-def _differentiate(function: Callable[..., Any], problem: Problem, inputs: list[Tensor], grad: Tensor) -> list[Tensor]:
-    """The output and the gradients of all inputs."""
-    query, pair, additional, *bias = leaves = [x.detach().requires_grad_() for x in inputs]
-    out, _ = function(
-        query, pair, problem.window, additional, bias[0] if bias else None, problem.head_dim ** -0.5)
-    return [out.detach(), *torch.autograd.grad(out, leaves, grad, materialize_grads=True)]
+def _differentiate(
+        function: Callable[..., Any],
+        problem: Problem,
+        inputs: probe.Inputs,
+) -> list[Optional[Tensor]]:
+    """The output and the gradients of all inputs, None of those that there are not."""
+    leaves = [None if x is None else x.detach().requires_grad_() for x in inputs[:-1]]
+    query, pair, additional, bias = leaves
+    out, _ = function(query, pair, problem.window, additional, bias, problem.head_dim ** -0.5)
+    found = iter(torch.autograd.grad(out, [x for x in leaves if x is not None], inputs.grad, materialize_grads=True))
+    return [out.detach(), *(None if x is None else next(found) for x in leaves)]
 
 
 def _name_default(device: torch.device) -> str:

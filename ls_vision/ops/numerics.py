@@ -24,6 +24,16 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype == torch.float16 or x.dtype == torch.bfloat16 else x
 
 
+def allows_tf32() -> bool:
+    """Whether the user allows PyTorch products of float32 in TF32 on a GPU; then they are allowed here.
+
+    Tensor cores read the leading 19 bits of an operand, so Triton's operands are truncated, where cuBLAS rounds them.
+    """
+    # `allow_tf32` raises once anybody has set precisions by name
+    precision = torch.backends.cuda.matmul.fp32_precision
+    return (torch.backends.fp32_precision if precision == 'none' else precision) == 'tf32'  # type: ignore[attr-defined]
+
+
 def autocast_dtype(x: Tensor) -> Optional[torch.dtype]:
     """The precision of matrix products where autocast is on for the tensor's device, else None."""
     device = x.device.type

@@ -24,7 +24,7 @@ def test_problems_are_those_of_the_models():
     assert doctor.Problem(80, square_window(2), 4, False) in problems
 
 
-@pytest.mark.parametrize('dtype', doctor.TOLERANCE)
+@pytest.mark.parametrize('dtype', doctor.probe.DTYPES)
 def test_right_backend(dtype):
     assert doctor.compare('blocked', PROBLEM, dtype, CPU).startswith('largest error')
 

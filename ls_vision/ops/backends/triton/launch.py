@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...numerics import allows_tf32
 from ...window import Window, square_window
 from ..blocked import blocked_backward
 from . import tuning
@@ -208,16 +209,6 @@ def _buffer(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> T
     if _poison.active:
         return torch.full(tuple(shape), float('nan'), dtype=dtype, device=device)
     return torch.empty(tuple(shape), dtype=dtype, device=device)
-
-
-def allows_tf32() -> bool:
-    """Whether the user allows PyTorch products of float32 in TF32; then they are allowed here.
-
-    Tensor cores read the leading 19 bits of an operand, so operands are truncated, where cuBLAS rounds them.
-    """
-    # `allow_tf32` raises once anybody has set precisions by name
-    precision = torch.backends.cuda.matmul.fp32_precision
-    return (torch.backends.fp32_precision if precision == 'none' else precision) == 'tf32'  # type: ignore[attr-defined]
 
 
 def forward(

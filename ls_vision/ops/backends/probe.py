@@ -1,0 +1,84 @@
+"""Small problems with ragged edges, which show whether a backend is right on a machine.
+
+Shapes: B batch, H x W grid, h heads, d head width, M additional keys; Q queries and K keys of a window.
+"""
+from typing import NamedTuple, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor
+
+from ..numerics import allows_tf32
+from ..window import Window, num_keys, num_queries
+
+# In the order in which backward functions return them.
+GRADIENTS = (
+    'gradient of queries', 'gradient of keys and values', 'gradient of additional keys and values',
+    'gradient of the bias')
+
+# Largest error as a fraction of the largest entry, forward and backward.
+_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+_TF32_TOLERANCE = 2e-2
+
+DTYPES = tuple(_TOLERANCE)
+
+
+class Problem(NamedTuple):
+    """What a layer asks of the operator, but for the image and the precision."""
+    head_dim: int
+    window: Window
+    num_additional: Optional[int]
+    """M; None where there are no additional keys at all."""
+    has_bias: bool
+
+    def __str__(self) -> str:
+        return (
+            f'head width {self.head_dim}, window {self.window.rows}, {self.num_additional or "no"} additional keys, '
+            f'{"with" if self.has_bias else "no"} bias')
+
+
+class Inputs(NamedTuple):
+    """Of a forward and a backward pass."""
+    query: Tensor
+    """(B, H, W, h, d)."""
+    pair: Tensor
+    """(B, H, W, 2, h, d)."""
+    additional: Optional[Tensor]
+    """(B, M, 2, h, d)."""
+    bias: Optional[Tensor]
+    """(h, Q, K)."""
+    grad: Tensor
+    """(B, H, W, h, d), gradient of the output."""
+
+
+def draw(problem: Problem, dtype: torch.dtype, device: torch.device) -> Inputs:
+    """Random inputs of two images: windows in two rows and a column, and more of them cut off."""
+    generator = torch.Generator().manual_seed(0)  # of its own: the user's random numbers stay as they are
+    B, h, d, window = 2, 2, problem.head_dim, problem.window
+    H, W = 2 * window.rows + (window.rows + 1) // 2, window.cols + (window.cols + 1) // 2
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    return Inputs(
+        randn(B, H, W, h, d), randn(B, H, W, 2, h, d),
+        None if problem.num_additional is None else randn(B, problem.num_additional, 2, h, d),
+        randn(h, num_queries(window), num_keys(window)) if problem.has_bias else None, randn(B, H, W, h, d))
+
+
+def tolerance(dtype: torch.dtype, device: torch.device) -> float:
+    """How far a backend may be off in that precision, as a fraction of the largest entry."""
+    return _TF32_TOLERANCE if dtype == torch.float32 and device.type == 'cuda' and allows_tf32() else _TOLERANCE[dtype]
+
+
+def largest_error(
+        names: Sequence[str],
+        actual: Sequence[Optional[Tensor]],
+        expected: Sequence[Optional[Tensor]],
+) -> Tuple[float, str]:
+    """The largest difference as a fraction of the largest entry, NaN counting as infinite, and of which result."""
+    errors = [(0., names[0])]
+    for name, x, y in zip(names, actual, expected):
+        if x is not None and y is not None and y.numel() > 0:
+            error = float((x.double() - y.double()).abs().max() / y.double().abs().max().clamp(min=1e-6))
+            errors.append((error if error == error else float('inf'), name))
+    return max(errors)
