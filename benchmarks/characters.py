@@ -11,8 +11,7 @@ the text goes in segment by segment with memory. `bits` are bits per byte; `by m
 so many tokens of memory, the paper's point. Time and memory of decoding: benchmarks/sequence_attention.py.
 """
 import argparse
-import datetime
-import json
+import functools
 import math
 import statistics
 from pathlib import Path
@@ -21,14 +20,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from sequence_contenders import FullAttention1d
-from sequence_training import train
+from sequence_training import add_arguments, publish, run_all, spread, train
 from torch import Tensor, nn
 
-from ls_vision.analysis.measure import describe_machine, write
 from ls_vision.data.austen import read_bytes
 from ls_vision.models.language_model import LanguageModel
 
-RESULTS = Path(__file__).parent / 'results'
 MODEL: dict[str, Any] = dict(dim=128, depth=4, num_heads=4, hidden_dim=512, window_size=64, chunk_size=16)
 VARIANTS: dict[str, dict[str, Any]] = {'long-short': {}, 'window only': dict(chunk_rank=0), 'full': {}}
 
@@ -82,7 +79,14 @@ def bits_of(model: LanguageModel, text: Tensor, memory: int, segment: int, strea
     return total / max(count, 1) / math.log(2)
 
 
-def run_variant(variant: str, seed: int, data: Tensor, args: argparse.Namespace) -> dict[str, Any]:
+@functools.cache
+def read_text(data_dir: str) -> Tensor:
+    """(n,) bytes of the novels."""
+    return torch.frombuffer(bytearray(read_bytes(data_dir)), dtype=torch.uint8).long()
+
+
+def run_variant(args: argparse.Namespace, variant: str, seed: int) -> dict[str, Any]:
+    data = read_text(args.data_dir)
     torch.manual_seed(seed)
     model = build(variant)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)
@@ -104,10 +108,10 @@ def run_variant(variant: str, seed: int, data: Tensor, args: argparse.Namespace)
             str(memory): bits_of(model, texts[0], memory, args.segment // 2, streams) for memory in args.memory}
         return dict(variant=variant, seed=seed, validation=bits[0], test=bits[1], by_memory=by_memory)
 
-    return train(path_of(variant, seed, args), model, optimizer, scheduler, loss_of, evaluate, args.steps)
+    return train(path_of(args, variant, seed), model, optimizer, scheduler, loss_of, evaluate, args.steps)
 
 
-def path_of(variant: str, seed: int, args: argparse.Namespace) -> Path:
+def path_of(args: argparse.Namespace, variant: str, seed: int) -> Path:
     return args.runs / f'{variant.replace(" ", "_")}_{args.steps}_{seed}'
 
 
@@ -121,46 +125,26 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     for variant in VARIANTS:
         runs = [row for row in rows if row['variant'] == variant]
         if runs:
-            cells = [spread([row[key] for row in runs]) for key in ('validation', 'test')]
+            cells = [spread([row[key] for row in runs], 3) for key in ('validation', 'test')]
             cells.append(f'{statistics.mean(row["seconds"] for row in runs):.0f}')
             cells += [f'{statistics.mean(row["by_memory"][m] for row in runs):.3f}' for m in memories]
             lines.append(f'| {variant} | {len(runs)} | {" | ".join(cells)} |')
     return '\n'.join(lines)
 
 
-def spread(values: list[float]) -> str:
-    deviation = statistics.stdev(values) if len(values) > 1 else float('nan')
-    return f'{statistics.mean(values):.3f} ± {deviation:.3f}'
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser, VARIANTS, steps=3000, runs='output/characters')
     parser.add_argument('--data-dir', default='data/austen')
-    parser.add_argument('--variants', nargs='+', choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
-    parser.add_argument('--steps', type=int, default=3000)
     parser.add_argument('--batch', type=int, default=8)
     parser.add_argument('--segment', type=int, default=512, help='bytes')
     parser.add_argument('--lr', type=float, default=1e-3)
     parser.add_argument('--warmup', type=int, default=200, help='updates')
     parser.add_argument('--memory', nargs='+', type=int, default=[0, 64, 256, 1024, 4096])
     parser.add_argument('--evaluate', type=int, default=50_000, help='bytes of validation and of test text')
-    parser.add_argument('--runs', type=Path, default=Path('output/characters'))
-    parser.add_argument('--out', type=Path, default=RESULTS)
-    parser.add_argument('--threads', type=int, default=torch.get_num_threads())
-    parser.add_argument('--report', action='store_true', help='no training, only the table of finished runs')
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    pairs = [(variant, seed) for seed in args.seeds for variant in args.variants]
-    if args.report:
-        files = [path_of(*pair, args).with_suffix('.json') for pair in pairs]
-        rows = [json.loads(f.read_text()) for f in files if f.exists()]
-    else:
-        data = torch.frombuffer(bytearray(read_bytes(args.data_dir)), dtype=torch.uint8).long()
-        rows = [run_variant(*pair, data, args) for pair in pairs]
-    name = f'characters_{datetime.date.today():%Y-%m-%d}'
-    write(args.out / name, describe_machine('cpu', 'float32', args.threads), rows, markdown(rows))
-    print((args.out / f'{name}.md').read_text())
+    rows = run_all(args, functools.partial(path_of, args), functools.partial(run_variant, args))
+    publish(args, 'characters', rows, markdown(rows))
 
 
 if __name__ == '__main__':

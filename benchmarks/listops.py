@@ -12,8 +12,7 @@ same data. `changed` is the share of test predictions that change where 1, 4 and
 places or deleted, the paper's claim about dynamic against fixed projections.
 """
 import argparse
-import datetime
-import json
+import functools
 import random
 import statistics
 from pathlib import Path
@@ -22,15 +21,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from sequence_contenders import FixedProjection1d, MaskedFullAttention1d
-from sequence_training import train
+from sequence_training import add_arguments, publish, run_all, spread, train
 from torch import Tensor
 from tqdm import tqdm
 
-from ls_vision.analysis.measure import describe_machine, write
 from ls_vision.layers import LongShortAttention1d
 from ls_vision.models.sequence_classifier import SequenceClassifier
 
-RESULTS = Path(__file__).parent / 'results'
 OPERATORS = ('MIN', 'MAX', 'MED', 'SM')
 # 0 is padding, 1 .. 10 are digits, then the operators
 CLOSING, UNKNOWN, VOCABULARY = 15, 16, 17
@@ -126,13 +123,18 @@ def predict(model: SequenceClassifier, samples: list[tuple[list[int], int]], bat
         model(collate(samples[i:i + batch])[0]).argmax(-1) for i in range(0, len(samples), batch)])
 
 
-def run_variant(variant: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+def path_of(args: argparse.Namespace, variant: str, seed: int) -> Path:
+    return args.runs / f'{variant.replace(" ", "_")}_{args.brackets}_{args.steps}_{seed}'
+
+
+# the same for all variants and seeds
+kept_samples = functools.cache(make_samples)
+
+
+def run_variant(args: argparse.Namespace, variant: str, seed: int) -> dict[str, Any]:
     closing = args.brackets == 'closing'
-    path = args.runs / f'{variant.replace(" ", "_")}_{args.brackets}_{args.steps}_{seed}'
-    if path.with_suffix('.json').exists():
-        return json.loads(path.with_suffix('.json').read_text())
-    training = make_samples(args.train, 1, closing, args.shortest, args.longest)
-    test = make_samples(args.test, 2, closing, args.shortest, args.longest)
+    training = kept_samples(args.train, 1, closing, args.shortest, args.longest)
+    test = kept_samples(args.test, 2, closing, args.shortest, args.longest)
     torch.manual_seed(seed)
     model = build(variant, args)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, eps=1e-6, weight_decay=0.)
@@ -155,7 +157,7 @@ def run_variant(variant: str, seed: int, args: argparse.Namespace) -> dict[str, 
             changed[str(count)] = 100 * (predict(model, edited, args.batch) != found).float().mean().item()
         return dict(variant=variant, seed=seed, accuracy=100 * right.float().mean().item(), changed=changed)
 
-    return train(path, model, optimizer, scheduler, loss_of, evaluate, args.steps)
+    return train(path_of(args, variant, seed), model, optimizer, scheduler, loss_of, evaluate, args.steps)
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
@@ -169,11 +171,10 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         runs = [row for row in rows if row['variant'] == variant]
         if runs:
             accuracies = [row['accuracy'] for row in runs]
-            deviation = statistics.stdev(accuracies) if len(runs) > 1 else float('nan')
             mean = statistics.mean(accuracies)
             changed = [statistics.mean(row['changed'][str(n)] for row in runs) for n in (*EDITS, *(-n for n in EDITS))]
             lines.append(
-                f'| {variant} | {len(runs)} | {mean:.2f} ± {deviation:.2f} | {mean - FIRST_OPERATOR_ALONE:+.2f} | '
+                f'| {variant} | {len(runs)} | {spread(accuracies, 2)} | {mean - FIRST_OPERATOR_ALONE:+.2f} | '
                 f'{statistics.mean(row["seconds"] for row in runs):.0f} | '
                 f'{" | ".join(f"{c:.1f}" for c in changed)} |')
     return '\n'.join(lines)
@@ -181,31 +182,17 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--variants', nargs='+', choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
+    add_arguments(parser, VARIANTS, steps=5000, runs='output/listops')
     parser.add_argument('--brackets', choices=('closing', 'none'), default='closing')
-    parser.add_argument('--steps', type=int, default=5000)
     parser.add_argument('--batch', type=int, default=32)
     parser.add_argument('--lr', type=float, default=1e-4)
     parser.add_argument('--train', type=int, default=96_000, help='samples')
     parser.add_argument('--test', type=int, default=2000, help='samples')
     parser.add_argument('--shortest', type=int, default=500, help='lengths are above this one')
     parser.add_argument('--longest', type=int, default=2000, help='lengths are below this one')
-    parser.add_argument('--runs', type=Path, default=Path('output/listops'))
-    parser.add_argument('--out', type=Path, default=RESULTS)
-    parser.add_argument('--threads', type=int, default=torch.get_num_threads())
-    parser.add_argument('--report', action='store_true', help='no training, only the table of finished runs')
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    rows = []
-    for seed in args.seeds:
-        for variant in args.variants:
-            name = f'{variant.replace(" ", "_")}_{args.brackets}_{args.steps}_{seed}.json'
-            if not args.report or (args.runs / name).exists():
-                rows.append(run_variant(variant, seed, args))
-    name = f'listops_{args.brackets}_{datetime.date.today():%Y-%m-%d}'
-    write(args.out / name, describe_machine('cpu', 'float32', args.threads), rows, markdown(rows))
-    print((args.out / f'{name}.md').read_text())
+    rows = run_all(args, functools.partial(path_of, args), functools.partial(run_variant, args))
+    publish(args, f'listops_{args.brackets}', rows, markdown(rows))
 
 
 if __name__ == '__main__':

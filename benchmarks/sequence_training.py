@@ -1,8 +1,11 @@
-"""Training that listops.py and characters.py share: a run leaves a file, and an interrupted one goes on."""
+"""What listops.py and characters.py share: arguments, runs that leave a file and go on when interrupted, the table."""
+import argparse
+import datetime
 import json
 import os
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +13,59 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ls_vision.analysis.measure import describe_machine, write
 from ls_vision.runtime.files import write_text
 
+RESULTS = Path(__file__).parent / 'results'
 CHECKPOINT_STEPS = 100
+
+
+def add_arguments(parser: argparse.ArgumentParser, variants: Iterable[str], steps: int, runs: str) -> None:
+    """Which runs, where they are kept, and how many threads they take."""
+    parser.add_argument('--variants', nargs='+', choices=variants, default=list(variants))
+    parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
+    parser.add_argument('--steps', type=int, default=steps)
+    parser.add_argument('--runs', type=Path, default=Path(runs))
+    parser.add_argument('--out', type=Path, default=RESULTS)
+    parser.add_argument('--threads', type=int, default=torch.get_num_threads())
+    parser.add_argument('--report', action='store_true', help='no training, only the table of finished runs')
+
+
+def run_all(
+        args: argparse.Namespace,
+        path_of: Callable[[str, int], Path],
+        run: Callable[[str, int], dict[str, Any]],
+) -> list[dict[str, Any]]:
+    """Results of all variants and seeds: finished ones are read, the others run, or left out for `--report`.
+
+    Args:
+        args: With those of `add_arguments`.
+        path_of: (variant, seed) -> path of a run without suffix.
+        run: (variant, seed) -> its results.
+    """
+    torch.set_num_threads(args.threads)
+    rows = []
+    for seed in args.seeds:
+        for variant in args.variants:
+            done = path_of(variant, seed).with_suffix('.json')
+            if done.exists():
+                rows.append(json.loads(done.read_text()))
+            elif not args.report:
+                rows.append(run(variant, seed))
+    return rows
+
+
+def publish(args: argparse.Namespace, name: str, rows: list[dict[str, Any]], text: str) -> None:
+    """Writes rows and table to dated files, and prints the table."""
+    path = args.out / f'{name}_{datetime.date.today():%Y-%m-%d}'
+    write(path, describe_machine('cpu', 'float32', args.threads), rows, text)
+    print(path.with_suffix('.md').read_text())
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Mean and standard deviation."""
+    deviation = statistics.stdev(values) if len(values) > 1 else float('nan')
+    return f'{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}'
 
 
 def train(
@@ -24,7 +77,7 @@ def train(
         evaluate: Callable[[], dict[str, Any]],
         steps: int,
 ) -> dict[str, Any]:
-    """Trains a model and writes its results to `run`.json; a finished run is read, an interrupted one continued.
+    """Trains a model and writes its results to `run`.json; an interrupted run is continued.
 
     Args:
         run: Path without suffix.
@@ -36,9 +89,7 @@ def train(
     Returns:
         The results, with `seconds` of training and `losses`, means of every `CHECKPOINT_STEPS` updates.
     """
-    done, checkpoint = run.with_suffix('.json'), run.with_suffix('.pt')
-    if done.exists():
-        return json.loads(done.read_text())
+    checkpoint = run.with_suffix('.pt')
     run.parent.mkdir(parents=True, exist_ok=True)
     first, seconds, losses = 0, 0., []
     if checkpoint.exists():
@@ -67,5 +118,5 @@ def train(
             os.replace(part, checkpoint)
     model.eval()
     results = dict(evaluate(), steps=steps, seconds=seconds, losses=losses)
-    write_text(done, json.dumps(results, indent=1) + '\n')
+    write_text(run.with_suffix('.json'), json.dumps(results, indent=1) + '\n')
     return results
