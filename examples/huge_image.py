@@ -7,6 +7,7 @@ Each process reads the rows of its strip alone (memory-mapped where the file all
 tiles). map.npy is the last stage's map, (channels, height / 32, width / 32) in float32. Needs tifffile.
 """
 import argparse
+import contextlib
 import datetime
 import os
 import resource
@@ -30,6 +31,7 @@ def main(argv=None) -> None:
     parser.add_argument('--model', default='vil_ls_tiny_linear')
     parser.add_argument('--checkpoint', help='weights; random ones by default')
     args = parser.parse_args(argv)
+    check_files(args.image, args.out)
     cuda = torch.cuda.is_available()
     if 'RANK' not in os.environ:
         raise SystemExit('Start it with torchrun: torchrun --nproc_per_node 2 examples/huge_image.py IMAGE OUT')
@@ -58,12 +60,32 @@ def main(argv=None) -> None:
     dist.destroy_process_group()
 
 
-def read_strip(path: str, rank: int, ranks: int, multiple: int) -> np.ndarray:
-    """(rows, width, 3) of one rank's strip, and nothing else of the image."""
-    with tifffile.TiffFile(path) as file:
+def check_files(image: str, out: str) -> None:
+    """Ends the process with one line where the image can't be read or the map could not be written."""
+    folder = os.path.dirname(os.path.abspath(out))
+    if not os.path.isdir(folder):
+        raise SystemExit(f'{out}: there is no folder {folder}.')
+    with open_page(image):
+        pass
+
+
+@contextlib.contextmanager
+def open_page(path: str):
+    """The first page of a TIFF, which ends the process with one line unless it is 8-bit RGB."""
+    try:
+        file = tifffile.TiffFile(path)
+    except (OSError, tifffile.TiffFileError) as e:
+        raise SystemExit(f'{path} is no TIFF that can be read: {e}') from e
+    with file:
         page = file.pages[0]
         if page.dtype != np.uint8 or len(page.shape) != 3 or page.shape[2] != 3:
             raise SystemExit(f'{path} is {page.dtype} of shape {page.shape}, expected 8-bit RGB (height, width, 3).')
+        yield page
+
+
+def read_strip(path: str, rank: int, ranks: int, multiple: int) -> np.ndarray:
+    """(rows, width, 3) of one rank's strip, and nothing else of the image."""
+    with open_page(path) as page:
         height, width = page.shape[:2]
         rows = strip_rows(height, ranks, multiple)
         start = sum(rows[:rank])

@@ -1,4 +1,5 @@
 """Checks of arguments that several layers share: one clear error that prints the value and what is accepted."""
+from numbers import Integral
 from typing import Any, Optional, Sequence, Tuple
 
 from torch import Tensor
@@ -25,8 +26,10 @@ def check_token_count(num_tokens: int, num_global_tokens: int, feat_size: Tuple[
 
 
 def check_at_least(smallest: int, **values: int) -> None:
-    """Raises ValueError where one of the named values is smaller."""
+    """Raises ValueError where one of the named values is no whole number or is smaller."""
     for name, value in values.items():
+        if not isinstance(value, Integral):
+            raise ValueError(f'{name} is {value!r}, expected a whole number of {smallest} or more.')
         if value < smallest:
             raise ValueError(f'{name} is {value}, expected {smallest} or more.')
 

@@ -6,6 +6,7 @@ Queries form non-overlapping windows, the first at the top left corner of the gr
 rectangle around it, larger by a margin on each side. Windows cover a grid that they don't divide by reaching over its
 lower and right edge. Queries and keys outside the grid do not exist and are masked.
 """
+from numbers import Integral
 from typing import Any, List, NamedTuple, Tuple
 
 import torch
@@ -30,13 +31,16 @@ def make_window(window_size: Any) -> Window:
     """The window of a size w, a pair of sizes (rows, columns), or itself.
 
     Raises:
-        ValueError: A size or margin is negative, or only one of both sizes is 0.
+        ValueError: It is none of these, a size or margin is negative, or only one of both sizes is 0.
     """
     if isinstance(window_size, Window):
         window = window_size
-    elif isinstance(window_size, int):
-        window = square_window(window_size)
+    elif isinstance(window_size, Integral):
+        window = square_window(int(window_size))
     else:
+        pair = window_size if isinstance(window_size, (tuple, list)) else ()
+        if len(pair) != 2 or not all(isinstance(size, Integral) for size in pair):
+            raise ValueError(f'window_size is {window_size!r}, expected a whole number or a pair (rows, columns).')
         rows, cols = (square_window(size) for size in window_size)
         window = Window(rows.rows, cols.cols, rows.row_margin, cols.col_margin)
     if min(window) < 0 or (min(window.rows, window.cols) == 0 and max(window.rows, window.cols) > 0):

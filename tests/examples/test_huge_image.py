@@ -38,6 +38,14 @@ def test_other_files_are_refused(tmp_path):
     tifffile.imwrite(tmp_path / 'a.tif', np.zeros((40, 40), np.uint16))
     with pytest.raises(SystemExit, match='uint16 of shape'):
         huge_image.read_strip(str(tmp_path / 'a.tif'), 0, 1, 32)
+    (tmp_path / 'b.tif').write_bytes(b'text')
+    for image, out, message in (
+            ('a.tif', 'map.npy', 'uint16 of shape'),
+            ('b.tif', 'map.npy', 'b.tif is no TIFF that can be read: not a TIFF'),
+            ('c.tif', 'map.npy', 'c.tif is no TIFF that can be read: .*No such file'),
+            ('a.tif', 'nowhere/map.npy', 'there is no folder')):
+        with pytest.raises(SystemExit, match=message):
+            huge_image.main([str(tmp_path / image), str(tmp_path / out)])
 
 
 @pytest.mark.slow
