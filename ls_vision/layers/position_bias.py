@@ -167,7 +167,7 @@ def grid_bias(
     table = resize_grid_bias(table, feat_size, new_feat_size).t()  # (h, rows)
     if global_to_global is not None and global_and_local is not None:
         # entries of the global tokens follow those of the grid: g * g with each other, g of global queries, g of keys
-        table = torch.cat([table, global_to_global.flatten(1), global_and_local[0], global_and_local[1]], dim=1)
+        table = torch.cat([table, global_to_global.flatten(1), global_and_local.transpose(0, 1).flatten(1)], dim=1)
     L = g + new_feat_size[0] * new_feat_size[1]
     # one lookup, whose results already lie as the attention wants them: several times faster than `table[index]`
     return table.contiguous().index_select(1, _grid_bias_index(new_feat_size, g, table.device)).view(h, L, L)
@@ -176,16 +176,14 @@ def grid_bias(
 def _grid_bias_index(feat_size: Tuple[int, int], g: int, device: torch.device) -> Tensor:
     """(L * L,) number in the table of each pair's bias."""
     H, W = feat_size
-    row = torch.arange(H, device=device)
-    col = torch.arange(W, device=device)
-    rows = row[:, None] - row[None, :] + (H - 1)  # (H, H)
-    cols = col[:, None] - col[None, :] + (W - 1)  # (W, W)
-    index = rows[:, None, :, None] * (2 * W - 1) + cols[None, :, None, :]  # (H, W, H, W)
-    index = index.reshape(H * W, H * W)
+    # a token's number in the table's map: a pair's entry is their difference, counted from that of no distance
+    number = torch.arange(H, device=device)[:, None] * (2 * W - 1) + torch.arange(W, device=device)  # (H, W)
+    number = number.flatten()
+    index = (number + (H - 1) * (2 * W - 1) + (W - 1))[:, None] - number[None, :]  # (H * W, H * W)
     if g > 0:
         first = (2 * H - 1) * (2 * W - 1)
-        own = first + torch.arange(g * g, device=device).view(g, g)
-        other = first + g * g + torch.arange(2 * g, device=device).view(2, g)
+        own = torch.arange(first, first + g * g, device=device).view(g, g)
+        other = torch.arange(first + g * g, first + g * (g + 2), device=device).view(2, g)
         top = torch.cat([own, other[0][:, None].expand(-1, H * W)], dim=1)
         bottom = torch.cat([other[1][None, :].expand(H * W, -1), index], dim=1)
         index = torch.cat([top, bottom])
