@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ls_vision  # noqa: F401  registers the models
 from ls_vision.analysis.tables import markdown
-from ls_vision.ops import attention, backends, calls, long_range
+from ls_vision.ops import attention, backends, calls, fused_long_range, long_range
 from ls_vision.ops.backends.triton import launch
 
 MODELS = ('vil_ls_medium', 'vil_ls_medium_linear', 'cvt_ls_21', 'swin_small_patch4_window7_224')
@@ -40,6 +40,9 @@ OPERATORS = {
     'long_short_attention': attention._attention, 'long_short_attention_backward': attention._attention_backward,
     'summarize': long_range._summarize, 'summarize_backward': long_range._summarize_backward,
     'global_attention': long_range._attend, 'global_attention_backward': long_range._attend_backward,
+    'fused_summarize': fused_long_range._summarize, 'fused_summarize_backward': fused_long_range._summarize_backward,
+    'fused_global_attention': fused_long_range._attend,
+    'fused_global_attention_backward': fused_long_range._attend_backward,
 }
 
 
@@ -120,14 +123,14 @@ def as_on_gpu() -> Any:
     """A block in which meta tensors are computed as those on a GPU of compute capability 9.0."""
     counted = Count()
 
-    def count_launch(name: str, programs: int, arguments: Any, **blocked: int) -> None:
+    def count_launch(name: str, programs: int, arguments: Any, operand: Tensor, **blocked: int) -> None:
         counted.add(f'Triton {name}')
 
     with contextlib.ExitStack() as stack:
         for where, name, replacement in (
                 (calls, '_has_foreign_mode', lambda: False),  # or the operators would step aside for this counter
-                (launch, '_launch', count_launch),
-                (launch, '_no_platform', lambda device, dtype: None),
+                (launch, 'launch', count_launch),
+                (launch, 'no_platform', lambda device, dtype: None),
                 (launch, '_interpreting', lambda: False),
                 (backends, '_prefers_triton', lambda query: True),
                 (F, 'scaled_dot_product_attention', attend_on_gpu)):

@@ -19,10 +19,10 @@ from ls_vision._version import __version__
 from ls_vision.analysis.zoo import own_models
 from ls_vision.layers import LongShortAttention2d
 from ls_vision.ops.attention import attend
-from ls_vision.ops.backends import BACKEND_ENV, BACKENDS, probe, resolve
+from ls_vision.ops.backends import BACKEND_ENV, BACKENDS, probe, resolve, triton
 from ls_vision.ops.backends.probe import Problem
 from ls_vision.ops.backends.reference import reference_attention
-from ls_vision.ops.backends.triton.trial import TRIAL_ENV
+from ls_vision.ops.backends.triton.trial import TRIAL_ENV, Kind, attempt
 from ls_vision.ops.backends.triton.tuning import AUTOTUNE_ENV
 from ls_vision.ops.window import make_window, square_window
 from ls_vision.runtime.errors import first_line
@@ -56,6 +56,10 @@ def checks(device: torch.device) -> Iterator[tuple[str, Callable[[], str]]]:
             for dtype in probe.DTYPES:
                 name = f'{backend}, {str(dtype).removeprefix("torch.")}, {problem}'
                 yield name, functools.partial(compare, backend, problem, dtype, device)
+    for sums in zoo_sums() if device.type == 'cuda' else ():
+        for dtype in probe.DTYPES:
+            name = f'sums over all tokens, {str(dtype).removeprefix("torch.")}, {sums}'
+            yield name, functools.partial(try_sums, sums, dtype, device)
     yield 'compiled training step in bfloat16', functools.partial(_train_compiled, device)
     yield 'CUDA graph', functools.partial(_capture, device)
     yield 'second GPU', functools.partial(_use_second, device)
@@ -65,15 +69,47 @@ def checks(device: torch.device) -> Iterator[tuple[str, Callable[[], str]]]:
 def zoo_problems() -> list[Problem]:
     """What the layers of all registered models ask for, and one of 1280 channels in 16 heads."""
     found = {Problem(80, square_window(2), 4, False)}
+    for layer in _zoo_layers():
+        found.add(Problem(
+            layer.dim // layer.num_heads, make_window(layer.window_size), layer.rank + layer.num_global_tokens,
+            layer.position_bias() is not None))
+    return sorted(problem for problem in found if problem.window.rows > 0)
+
+
+@functools.cache
+def zoo_sums() -> list[probe.Sums]:
+    """The sums over all tokens that the layers of all registered models ask for."""
+    found = set()
+    for layer in _zoo_layers():
+        d, r, g = layer.dim // layer.num_heads, layer.rank, layer.num_global_tokens
+        if r > 0:
+            found.add(probe.Sums(d, r, 2, False))
+        if g > 0:
+            found.add(probe.Sums(d, g, 1 if layer.global_attention == 'post' else 2, True))
+    return sorted(found)
+
+
+def _zoo_layers() -> Iterator[LongShortAttention2d]:
+    """Of all registered models, without memory."""
     for name in own_models():
         with torch.device('meta'):
             model = timm.create_model(name)
-        for layer in model.modules():
-            if isinstance(layer, LongShortAttention2d):
-                found.add(Problem(
-                    layer.dim // layer.num_heads, make_window(layer.window_size), layer.rank + layer.num_global_tokens,
-                    layer.position_bias() is not None))
-    return sorted(problem for problem in found if problem.window.rows > 0)
+        yield from (layer for layer in model.modules() if isinstance(layer, LongShortAttention2d))
+
+
+def try_sums(problem: probe.Sums, dtype: torch.dtype, device: torch.device) -> str:
+    """Kernels of the long-range half against portable operations.
+
+    Raises:
+        Skipped: The kernels can't run here.
+        AssertionError: They raise or differ.
+    """
+    reason = triton.long_range.why_not(probe.draw_sums(problem, dtype, device).tokens, problem.rows)
+    if reason is not None:
+        raise Skipped(reason)
+    found = attempt(Kind(device, dtype, problem))
+    assert found is None, found
+    return 'as portable operations'
 
 
 def compare(backend: str, problem: Problem, dtype: torch.dtype, device: torch.device) -> str:

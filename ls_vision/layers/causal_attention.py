@@ -326,8 +326,8 @@ def _pool_part(scores: Tensor, tokens: Tensor) -> Part:
         scores: (B, n, h, r).
         tokens: (B, n, kinds, h, d).
     """
-    return summarize(
-        at_least_float32(scores).permute(0, 2, 3, 1), at_least_float32(tokens), with_lse=True)
+    sums, lse = summarize(at_least_float32(scores).permute(0, 2, 3, 1), at_least_float32(tokens), with_lse=True)
+    return sums.flatten(3), lse
 
 
 def _pool_chunks(scores: Tensor, tokens: Tensor, chunk_size: int) -> Tensor:
@@ -335,5 +335,5 @@ def _pool_chunks(scores: Tensor, tokens: Tensor, chunk_size: int) -> Tensor:
     B, num_chunks = scores.shape[0], scores.shape[1] // chunk_size
     scores = scores.unflatten(1, (num_chunks, chunk_size)).flatten(0, 1).permute(0, 2, 3, 1)  # (B * G, h, r, c)
     tokens = tokens.unflatten(1, (num_chunks, chunk_size)).flatten(0, 1)
-    sums, _ = summarize(scores, tokens)  # (B * G, h, r, kinds * d)
-    return sums.unflatten(0, (B, num_chunks)).transpose(1, 2)
+    sums, _ = summarize(scores, tokens)  # (B * G, h, r, kinds, d)
+    return sums.flatten(3).unflatten(0, (B, num_chunks)).transpose(1, 2)

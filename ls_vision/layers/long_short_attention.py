@@ -290,11 +290,11 @@ class LongShortAttention2d(nn.Module):
         B, _, _, _, h, d = pair.shape
         sums = self._summarize(scores, pair)
         r = sums.shape[2]
-        long = sums.unflatten(-1, (2, d)).permute(0, 2, 3, 1, 4).reshape(B, r, 2, h * d)
+        long = sums.permute(0, 2, 3, 1, 4).reshape(B, r, 2, h * d)
         return torch.cat([self.dual_ln_dp(long).reshape(B, r, 2, h, d), own], dim=1)
 
     def _summarize(self, scores: Tensor, pair: Tensor) -> Tensor:
-        """(B, h, r, 2 * d), the sums of keys and values that the scores weight."""
+        """(B, h, r, 2, d), the sums of keys and values that the scores weight."""
         sums, _ = summarize(scores, pair.flatten(1, 2))
         return sums
 

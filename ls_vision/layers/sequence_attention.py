@@ -161,8 +161,8 @@ class LongShortAttention1d(nn.Module):
         if scores is not None:
             if padding is not None:
                 scores = scores.masked_fill(padding[:, None, None], masked_logit(scores.dtype))
-            sums, _ = summarize(scores, pair)  # (B, h, r, 2 * d)
-            parts.append(sums.unflatten(-1, (2, d)).permute(0, 2, 3, 1, 4))  # (B, r, 2, h, d)
+            sums, _ = summarize(scores, pair)  # (B, h, r, 2, d)
+            parts.append(sums.permute(0, 2, 3, 1, 4))  # (B, r, 2, h, d)
         if not parts:
             return None
         joined = torch.cat(parts, dim=1).flatten(3)  # (B, M, 2, C)

@@ -4,8 +4,8 @@ Both are sums over all tokens, weighted by a softmax. With the log-sum-exp of ea
 tokens merge into that of all (`merge_parts`).
 
 They are operators of their own: products over two batch dimensions would copy all tokens, head by head, and autograd
-would keep the copies for the backward pass. On the CPU they take as many images at a time as fit a cache, on other
-devices all heads at once (`joint_heads`).
+would keep the copies for the backward pass. On the CPU they take as many images at a time as fit a cache, on GPUs they
+are fused Triton kernels (`fused_long_range`), on other devices all heads are taken at once (`joint_heads`).
 
 Shapes: B batch, N tokens, n kinds of tokens (keys and values), h heads, d head width, r rank; g global queries,
 m own keys of the global tokens.
@@ -13,15 +13,16 @@ m own keys of the global tokens.
 from typing import List, Optional, Sequence, Tuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import double_backward, joint_heads
+from . import double_backward, fused_long_range, joint_heads  # noqa: F401  (registers operators)
+from .backends import takes_kernels
 from .calls import is_followed
 from .chunks import image_chunks
 from .joint_heads import float16_scale
-from .numerics import at_least_float32, attention_logits, statistics_dtype, to_dtype
+from .numerics import at_least_float32, statistics_dtype, to_dtype
+from .plain_long_range import attend_plainly, global_logits, token_weights, weighted_sums
 
 
 def merge_parts(parts: Sequence[Tuple[Tensor, Tensor]]) -> Tuple[Tensor, Tensor]:
@@ -49,32 +50,29 @@ def summarize(scores: Tensor, tokens: Tensor, with_lse: bool = False) -> Tuple[T
         with_lse: Whether the log-sum-exp is needed.
 
     Returns:
-        sums: (B, h, r, n * d), of all kinds of tokens side by side.
+        sums: (B, h, r, n, d).
         lse: (B, h, r), the log-sum-exp of the scores; undefined unless `with_lse`.
     """
-    weights = _softmax(scores)
+    if torch.jit.is_scripting():
+        return _summarize_by_weights(scores, tokens, with_lse)
+    else:
+        if not is_followed(scores, tokens) and takes_kernels(tokens, scores.shape[2], [scores], False):
+            sums, statistics = torch.ops.ls_vision.fused_summarize(scores, tokens)  # (B, r, n, h, d), (2, B, r, h)
+            return sums.permute(0, 3, 1, 2, 4), statistics.sum(0).transpose(1, 2) if with_lse else scores
+        return _summarize_by_weights(scores, tokens, with_lse)
+
+
+def _summarize_by_weights(scores: Tensor, tokens: Tensor, with_lse: bool) -> Tuple[Tensor, Tensor]:
+    weights = token_weights(scores)
     lse = scores.logsumexp(dim=-1) if with_lse else scores
     if torch.jit.is_scripting():
-        sums = _weighted_sums(weights, tokens)
+        sums = weighted_sums(weights, tokens)
     else:
         followed = is_followed(scores, tokens)
-        sums = (_weighted_sums if followed else torch.ops.ls_vision.summarize)(weights, tokens)  # (B, n, h, r, d)
+        sums = (weighted_sums if followed else torch.ops.ls_vision.summarize)(weights, tokens)  # (B, n, h, r, d)
     if scores.dtype == torch.float16:
         sums = sums / float16_scale()
-    return sums.permute(0, 2, 3, 1, 4).flatten(3), lse
-
-
-def _softmax(scores: Tensor) -> Tensor:
-    """Weights of the tokens in the dtype of the scores; in float16 `float16_scale()` times as large."""
-    if scores.dtype == torch.float16:
-        return (scores.softmax(dim=-1, dtype=torch.float32) * float16_scale()).to(torch.float16)
-    # float32 statistics; the dtype is named because autocast would make the whole result float32
-    return scores.softmax(dim=-1, dtype=scores.dtype)
-
-
-def _weighted_sums(weights: Tensor, tokens: Tensor) -> Tensor:
-    """The operator `ls_vision::summarize` as plain operations."""
-    return torch.matmul(weights.unsqueeze(1), tokens.permute(0, 2, 3, 1, 4))
+    return sums.permute(0, 2, 3, 1, 4), lse
 
 
 @torch.library.custom_op('ls_vision::summarize', mutates_args=())
@@ -127,7 +125,7 @@ def _setup_summarize(ctx, inputs, output) -> None:
 
 def _differentiate_summarize(ctx, grad: Tensor):
     if torch.is_grad_enabled():  # create_graph=True
-        return tuple(double_backward.gradients(_weighted_sums, ctx.saved_tensors, (grad,)))
+        return tuple(double_backward.gradients(weighted_sums, ctx.saved_tensors, (grad,)))
     return torch.ops.ls_vision.summarize_backward(grad, *ctx.saved_tensors)
 
 
@@ -170,39 +168,19 @@ def attend_globally(
         lse: (B, h, g), the log-sum-exp of each query's logits; undefined unless `with_lse`.
     """
     if torch.jit.is_scripting():
-        return _attend_plainly(query, own, tokens, scale, with_lse, padding)
+        return attend_plainly(query, own, tokens, scale, with_lse, padding)
     else:
         if padding is not None or is_followed(query, own, tokens):
-            return _attend_plainly(query, own, tokens, scale, with_lse, padding)
+            return attend_plainly(query, own, tokens, scale, with_lse, padding)
+        if takes_kernels(tokens, query.shape[1], [query, own], True):
+            out, statistics = torch.ops.ls_vision.fused_global_attention(query, own, tokens, scale)
+            return out, statistics.sum(0).transpose(1, 2) if with_lse else query.new_empty(0)
         return torch.ops.ls_vision.global_attention(query, own, tokens, scale, with_lse)
 
 
 def global_weights(query: Tensor, own: Tensor, tokens: Tensor, scale: float) -> Tensor:
     """(B, h, g, m + N), the weights of `attend_globally`."""
-    return to_dtype(_global_logits(query, own, tokens, scale).softmax(dim=-1), query.dtype)
-
-
-def _global_logits(query: Tensor, own: Tensor, tokens: Tensor, scale: float) -> Tensor:
-    """(B, h, g, m + N)."""
-    k = torch.cat([own[:, :, 0], tokens[:, :, 0]], dim=1).transpose(1, 2)  # (B, h, m + N, d)
-    return attention_logits(query.transpose(1, 2), k, None, scale)
-
-
-def _attend_plainly(
-        query: Tensor,
-        own: Tensor,
-        tokens: Tensor,
-        scale: float,
-        with_lse: bool,
-        padding: Optional[Tensor] = None,
-) -> Tuple[Tensor, Tensor]:
-    """`attend_globally` as plain operations."""
-    logits = _global_logits(query, own, tokens, scale)
-    if padding is not None:
-        logits = logits.masked_fill(F.pad(padding, (own.shape[1], 0))[:, None, None], float('-inf'))  # own keys remain
-    v = torch.cat([own[:, :, 1], tokens[:, :, -1]], dim=1).transpose(1, 2)
-    out = torch.matmul(to_dtype(logits.softmax(dim=-1), query.dtype), v).transpose(1, 2)
-    return out, logits.logsumexp(dim=-1) if with_lse else query.new_empty(0)
+    return to_dtype(global_logits(query, own, tokens, scale).softmax(dim=-1), query.dtype)
 
 
 @torch.library.custom_op('ls_vision::global_attention', mutates_args=())
@@ -300,7 +278,7 @@ def _differentiate_attend(ctx, grad: Optional[Tensor], grad_lse: Optional[Tensor
         return (None,) * 5
     if torch.is_grad_enabled():  # create_graph=True
         def function(query, own, tokens):
-            return _attend_plainly(query, own, tokens, ctx.scale, grad_lse is not None)
+            return attend_plainly(query, own, tokens, ctx.scale, grad_lse is not None)
         return (*double_backward.gradients(function, ctx.saved_tensors, (grad, grad_lse)), None, None)
     grad = torch.zeros_like(ctx.saved_tensors[0]) if grad is None else grad
     return (

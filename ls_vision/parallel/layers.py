@@ -95,7 +95,7 @@ class StripAttention(LongShortAttention2d, StripLayer):
 
     def _summarize(self, scores: Tensor, pair: Tensor) -> Tensor:
         sums, lse = summarize(scores, pair.flatten(1, 2), with_lse=True)
-        return merge_strips(sums, lse, self.strips.link, 'summaries')
+        return merge_strips(sums.flatten(3), lse, self.strips.link, 'summaries').view(sums.shape)
 
     def _merge_global(self, query: Tensor, own: Tensor, tokens: Tensor) -> Tensor:
         """(B, g, h, d), the attention of global tokens, of which the first rank counts them themselves."""

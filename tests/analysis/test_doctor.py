@@ -46,6 +46,13 @@ def test_backend_that_cannot_run_here():
             doctor.compare('triton', PROBLEM, torch.float32, CPU)
 
 
+def test_sums_are_those_of_the_models():
+    assert {doctor.probe.Sums(32, 8, 2, False), doctor.probe.Sums(32, 1, 1, True)} <= set(doctor.zoo_sums())
+    if not torch.cuda.is_available():
+        with pytest.raises(doctor.Skipped, match='CUDA tensors'):
+            doctor.try_sums(doctor.zoo_sums()[0], torch.float32, CPU)
+
+
 def test_failures_come_first_in_the_text():
     checks = [dict(check='a', outcome='ok', detail='fine'), dict(check='b', outcome='failed', detail='wrong')]
     text = describe({'facts': {'torch': '2.14'}, 'checks': checks})

@@ -20,7 +20,7 @@ import torch
 
 from ls_vision.ops.backends.reference import reference_attention
 from ls_vision.ops.backends.triton import launch as launcher
-from ls_vision.ops.backends.triton import tuning
+from ls_vision.ops.backends.triton import long_range, tuning
 from ls_vision.ops.window import make_window, num_keys, num_queries
 
 pytest.importorskip('triton')
@@ -29,6 +29,7 @@ pytest.importorskip('triton')
 TOLERANCE = {'float32': (1e-5, 1e-5), 'float16': (2e-3, 4e-3), 'bfloat16': (3e-2, 3e-2)}
 
 KERNELS = ('forward', 'query_gradient', 'key_gradient', 'additional_gradient', 'bias_gradient')
+SUM_KERNELS = ('summaries', 'summaries_gradient', 'global_attention', 'global_gradient', 'merge')
 SHARED_MEMORY = {80: 160 * 1024, 90: 227 * 1024}
 
 
@@ -36,7 +37,7 @@ SHARED_MEMORY = {80: 160 * 1024, 90: 227 * 1024}
 
 
 def main():
-    functions = (measure, spills, launch, broken, nan_spreads, large_peaks, unneeded, tf32)
+    functions = (measure, measure_sums, contracts, spills, launch, broken, nan_spreads, large_peaks, unneeded, tf32)
     commands = {function.__name__: function for function in functions}
     for line in sys.stdin:
         command = json.loads(line)
@@ -104,10 +105,86 @@ def compare(arguments, grad, grad_size):
     return result
 
 
-def spills(kernel, arch, dtype, head_dim, window_size, num_additional, has_bias):
+def draw_sums(d, r, kinds, N, B=2, h=2, dtype='float32', size=1.0):
+    """Tokens, scores, queries and own keys as layers slice them from longer tensors; gradients of sums and lse."""
+    generator = torch.Generator().manual_seed(N + d)
+    dtype = getattr(torch, dtype)
+
+    def randn(*shape):
+        return (torch.randn(*shape, generator=generator) * size).to(dtype)
+
+    tokens, scores = randn(B, N + 2, kinds, h, d), randn(B, N + 1, h * r)
+    tokens[:, [0, -1]] = float('nan')  # other tokens, which are not to be read
+    scores[:, 0] = float('nan')
+    tokens, scores = tokens[:, 1:-1], scores[:, 1:].transpose(1, 2).reshape(B, h, r, N)
+    grads = torch.randn(B, r, 2, h, d, generator=generator).to(dtype), torch.randn(B, r, h, generator=generator)
+    return tokens, scores, randn(B, r, h, d), randn(B, r, 2, h, d), grads
+
+
+def differentiate(function, inputs, grads):
+    """What a function gives, and its gradients."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    outputs = function(*inputs)
+    return [*outputs, *torch.autograd.grad(outputs, inputs, [g.to(y.dtype) for g, y in zip(grads, outputs)])]
+
+
+def measure_sums(**case):
+    """Errors of summaries and of global attention, and of their gradients, as fractions of the largest entries."""
+    tokens, scores, query, own, (grad, grad_lse) = draw_sums(**case)
+    kinds, scale = tokens.shape[2], 0.4
+
+    def summaries(scores, tokens):
+        return torch.einsum('bhrn,bnkhd->brkhd', scores.softmax(-1), tokens), scores.logsumexp(-1).transpose(1, 2)
+
+    def attention(query, own, tokens):
+        k, v = (torch.cat([own[:, :, i], tokens[:, :, i]], 1) for i in (0, -1))
+        logits = torch.einsum('bghd,bnhd->bhgn', query, k) * scale
+        return torch.einsum('bhgn,bnhd->bghd', logits.softmax(-1), v), logits.logsumexp(-1).transpose(1, 2)
+
+    def kernel_sums(scores, tokens):
+        sums, statistics = torch.ops.ls_vision.fused_summarize(scores, tokens)
+        return sums, statistics.sum(0)
+
+    def kernel_attention(query, own, tokens):
+        out, statistics = torch.ops.ls_vision.fused_global_attention(query, own, tokens, scale)
+        return out, statistics.sum(0)
+
+    errors = {}
+    for name, kernels, formula, inputs, grads in (
+            ('summaries', kernel_sums, summaries, (scores, tokens), (grad[:, :, :kinds], grad_lse)),
+            ('global tokens', kernel_attention, attention, (query, own, tokens), (grad[:, :, 0], grad_lse))):
+        with launcher.poisoned():
+            actual = differentiate(kernels, inputs, grads)
+        expected = differentiate(formula, [x.double() for x in inputs], grads)
+        errors[name] = [
+            float((a.double() - e).abs().max() / e.abs().max()) for a, e in zip(actual, expected, strict=True)]
+    return errors
+
+
+def contracts():
+    """Fake tensors, autograd and compilers understand the operators; second derivatives are finite differences."""
+    tokens, scores, query, own, _ = draw_sums(d=8, r=2, kinds=2, N=7, B=1, h=1)
+    tokens, scores, query, own = (x.contiguous().requires_grad_() for x in (tokens, scores, query, own))
+    ops = torch.ops.ls_vision
+    torch.library.opcheck(ops.fused_summarize.default, (scores, tokens))
+    torch.library.opcheck(ops.fused_global_attention.default, (query, own, tokens, .4))
+    answers = []
+    for function, inputs in (
+            (lambda s, t: ops.fused_summarize(s, t)[0], (scores, tokens)),
+            (lambda q, o, t: ops.fused_global_attention(q, o, t, .4)[0], (query, own, tokens))):
+        first = torch.autograd.grad(function(*inputs).square().sum(), inputs, create_graph=True)
+        second = torch.autograd.grad(sum(x.square().sum() for x in first), inputs)
+        answers.append(all(bool(x.isfinite().all()) and bool(x.any()) for x in second))
+    return answers
+
+
+def spills(kernel, arch, dtype, head_dim, window_size=7, num_additional=9, has_bias=True, rows=9):
     """Compiles a kernel with each of its block shapes -> bytes spilled, registers and shared memory of each."""
     capability, dtype = divmod(arch, 10), getattr(torch, dtype)
-    constants = launcher.constants(head_dim, window_size, num_additional, has_bias, dtype)
+    if kernel in SUM_KERNELS:
+        constants = dict(long_range.constants(head_dim, rows, 2, dtype, False), M=rows, HAS_LSE=False)
+    else:
+        constants = launcher.constants(head_dim, window_size, num_additional, has_bias, dtype)
     answers = []
     for blocks in launcher.block_shapes(kernel, head_dim, dtype, capability):
         options = launcher.compile_options(kernel, blocks)
@@ -123,7 +200,8 @@ def compile_ahead(kernel, arch, dtype, options):
     from triton.compiler import ASTSource
     function = launcher.kernel(kernel)
     operand = {torch.float32: '*fp32', torch.float16: '*fp16', torch.bfloat16: '*bf16'}[dtype]
-    float32 = ('bias_ptr', 'peak_ptr', 'log_total_ptr', 'delta_ptr', 'dbias_ptr', 'dak_ptr', 'dav_ptr')
+    float32 = ('bias_ptr', 'peak_ptr', 'log_total_ptr', 'delta_ptr', 'dbias_ptr', 'dak_ptr', 'dav_ptr', 'dlse_ptr',
+               'parts_ptr', 'part_peaks_ptr', 'part_totals_ptr')
     signature, constants, attributes = {}, {}, {}
     for i, name in enumerate(function.arg_names):
         if name in options:
@@ -132,7 +210,7 @@ def compile_ahead(kernel, arch, dtype, options):
             signature[name] = '*fp32' if name in float32 else operand
         else:
             signature[name] = 'fp32' if name == 'scale' else 'i32'
-        aligned = name.endswith(('_ptr', '_b', '_y', '_x', '_h', '_m', '_q', '_k'))
+        aligned = name.endswith(('_ptr', '_b', '_y', '_x', '_h', '_m', '_q', '_k', 'x_n', 'k_n', 'q_r', '_kind'))
         if aligned and not name.startswith(('tiles', 'peak', 'log_total')):
             attributes[(i,)] = [['tt.divisibility', 16]]
     launch_options = {name: options[name] for name in ('num_warps', 'num_stages', 'maxnreg')}
@@ -223,7 +301,7 @@ def large_peaks():
 
 def unneeded():
     """Kernels that are launched where only some gradients are needed, and which gradients there are."""
-    launched, run = [], launcher._launch
+    launched, run = [], launcher.launch
 
     def record(name, *args, **kwargs):
         launched.append(name)
@@ -239,7 +317,7 @@ def unneeded():
         out, _ = torch.ops.ls_vision.long_short_attention(
             query, pair, additional, bias, window, scale, 'triton', False)
         launched.clear()
-        with mock.patch.object(launcher, '_launch', record):
+        with mock.patch.object(launcher, 'launch', record):
             out.backward(grad)
         answers[needed] = list(launched), [name for name, x in tensors.items() if x.grad is not None]
         tensors[needed].grad = None
@@ -278,7 +356,7 @@ def broken(how):
 
     backward = launcher.backward
     patches = {
-        'compile': (launcher, '_launch', raise_error), 'exception': (launcher, 'forward', raise_error),
+        'compile': (launcher, 'launch', raise_error), 'exception': (launcher, 'forward', raise_error),
         'wrong': (launcher, 'backward', wrong), 'import': (launcher.importlib, 'import_module', raise_error)}
     model = timm.create_model(
         'vil_ls_tiny', img_size=32, embed_dims=(16,) * 4, depths=(1,) * 4, num_heads=2, window_size=2, rank=2)
@@ -416,6 +494,22 @@ if torch.cuda.is_available():
         check(measure(**case, dtype=dtype, device='cuda'), dtype)
 
 
+@pytest.mark.parametrize('case', [
+    dict(d=16, r=1, kinds=1, N=50, B=1, h=1),
+    dict(d=20, r=8, kinds=2, N=600),  # two chunks
+    dict(d=32, r=17, kinds=2, N=300, B=1, dtype='bfloat16'),
+    dict(d=32, r=3, kinds=1, N=1100, B=1, dtype='float16'),
+], ids=str)
+def test_sums_over_all_tokens(interpreter, case):
+    tolerance = TOLERANCE[case.get('dtype', 'float32')][1]
+    for name, errors in interpreter('measure_sums', **case).items():
+        assert max(errors) <= tolerance, (name, errors)
+
+
+def test_operators_of_sums(interpreter):
+    assert interpreter('contracts') == [True, True]
+
+
 def compile_cases():
     """Kernel, architecture, dtype, head width, window size, number of additional keys, has a bias?"""
     for arch, kernel in itertools.product((80, 90), KERNELS):
@@ -447,6 +541,22 @@ def test_compiles_without_spills(compiler, kernel, arch, dtype, d, w, M, bias):
                             num_additional=M, has_bias=bias), arch)
 
 
+@pytest.mark.parametrize('kernel', SUM_KERNELS)
+@pytest.mark.parametrize('arch,dtype,d,rows', [(80, 'bfloat16', 64, 9), (90, 'bfloat16', 32, 9)])
+def test_sums_compile_without_spills(compiler, kernel, arch, dtype, d, rows):
+    check_compiled(compiler('spills', kernel=kernel, arch=arch, dtype=dtype, head_dim=d, rows=rows), arch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kernel', SUM_KERNELS)
+@pytest.mark.parametrize('arch', [80, 90])
+@pytest.mark.parametrize('dtype,d,rows', [
+    *itertools.product(('bfloat16',), (16, 32, 48, 64, 80, 96, 128), (16, 32)), ('float16', 64, 9),
+    *itertools.product(('float32',), (16, 32, 48, 64, 80, 96, 128), (16,))])
+def test_all_sums_compile_without_spills(compiler, kernel, arch, dtype, d, rows):
+    test_sums_compile_without_spills(compiler, kernel, arch, dtype, d, rows)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('kernel,arch,dtype,d,w,M,bias', list(all_compile_cases()))
 def test_all_compile_without_spills(compiler, kernel, arch, dtype, d, w, M, bias):
@@ -464,12 +574,13 @@ def test_launch_arguments(compiler, case):
 
 
 def test_one_version_for_all_sizes(compiler):
-    """Sizes of 1, odd ones and multiples of 16 are one compiled kernel each."""
+    """Sizes of 1, odd ones and multiples of 16 are one compiled kernel each; sums of parts are one more."""
     case = dict(w=7, d=16, M=10, bias=True, h=3, dtype='bfloat16')
     sizes = ((2, 15, 15), (1, 16, 32), (1, 1, 7), (16, 48, 33))
     versions = [compiler('launch', **case, B=B, H=H, W=W) for B, H, W in sizes]
     assert versions[0] == [1] * len(KERNELS)
-    assert versions[1:] == [[0] * len(KERNELS)] * 3
+    in_parts = [int(kernel == 'additional_gradient') for kernel in KERNELS]
+    assert versions[1:] == [in_parts, [0] * len(KERNELS), [0] * len(KERNELS)]
 
 
 def test_nan_reaches_all_gradients(interpreter):

@@ -17,16 +17,19 @@ from ls_vision.ops.window import make_window, num_keys, num_queries
 
 pytest.importorskip('triton')
 
-from ls_vision.ops.backends.triton import kernels
+from ls_vision.ops.backends.triton import kernels, long_range, long_range_kernels
 from ptx.launches import interpreted
 from ptx.memory import DataRace, EarlyAccess, Fault, Misaligned, OutOfBounds, UnwrittenRead
 
-KERNELS = [name for name in vars(kernels) if name.endswith('_kernel')]
+WINDOW_KERNELS = [name for name in vars(kernels) if name.endswith('_kernel')]
+SUM_KERNELS = [name for name in vars(long_range_kernels) if name.endswith('_kernel')]
 # largest error as a fraction of the largest entry
 TOLERANCE = {'float32': 4e-6, 'float16': 2e-3, 'bfloat16': 1.5e-2}
 
 # a grid that tiles don't divide, one and several windows per tile
 CASE = dict(w=7, d=32, M=9, bias=True, H=9, W=8, dtype='bfloat16')
+# N tokens of n kinds in two chunks, r summaries or global queries
+SUM_CASE = dict(d=32, r=3, kinds=2, N=70, dtype='bfloat16')
 CASES = [CASE, dict(w=2, d=16, M=3, bias=True, H=9, W=5, h=1, dtype='float32')]
 
 
@@ -84,6 +87,54 @@ def run(arguments, grad, shape=0):
         return attend(arguments, grad, 'triton'), launches
 
 
+def draw_sums(d, r, kinds, N, dtype, h=2):
+    """Scores, tokens, queries and own keys of one image, gradient of the sums."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = (1, h, r, N), (1, N, kinds, h, d), (1, r, h, d), (1, r, 2, h, d), (1, r, kinds, h, d)
+    return [torch.randn(*shape, generator=generator).to(getattr(torch, dtype)) for shape in shapes]
+
+
+def sums_by_kernels(scores, tokens, query, own, grad):
+    """Summaries and global attention with their gradients, and the launches."""
+    with contextlib.ExitStack() as stack:
+        enter = stack.enter_context
+        shapes = launcher.block_shapes
+        enter(mock.patch.object(launcher, 'block_shapes', lambda *kernel: shapes(*kernel[:-1], (8, 0))[:1]))
+        enter(mock.patch.multiple(long_range, _SMALLEST_CHUNK=32, _PROGRAMS=4))
+        enter(undefined_memory_is_nan())
+        launches = enter(interpreted())
+        sums, statistics = long_range.summarize(scores, tokens)
+        out, own_statistics = long_range.attend(query, own, tokens, .3)
+        return [
+            sums, *long_range.summarize_backward(grad, None, scores, tokens, sums, statistics),
+            out, *long_range.attend_backward(grad[:, :, 0], None, query, own, tokens, .3, out, own_statistics),
+        ], launches
+
+
+def sums_by_formula(*inputs):
+    """The same in float64."""
+    scores, tokens, query, own = (x.double().requires_grad_() for x in inputs[:-1])
+    grad = inputs[-1].double()
+    sums = torch.einsum('bhrn,bnkhd->brkhd', scores.softmax(-1), tokens)
+    k, v = (torch.cat([own[:, :, i], tokens[:, :, i]], 1) for i in (0, -1))
+    weights = (torch.einsum('bghd,bnhd->bhgn', query, k) * .3).softmax(-1)
+    out = torch.einsum('bhgn,bnhd->bghd', weights, v)
+    return [
+        sums, *torch.autograd.grad(sums, (scores, tokens), grad),
+        out, *torch.autograd.grad(out, (query, own, tokens), grad[:, :, 0])]
+
+
+def check_sums(case):
+    """Compares with float64 -> the launches."""
+    inputs = draw_sums(**case)
+    results, launches = sums_by_kernels(*inputs)
+    errors = [
+        float((result.double() - exact).abs().max() / exact.abs().max())
+        for result, exact in zip(results, [x.detach() for x in sums_by_formula(*inputs)], strict=True)]
+    assert max(errors) <= TOLERANCE[case['dtype']], errors
+    return launches
+
+
 def check(case, tolerance=None, shape=0):
     """Compares with the reference in float64 -> the launches."""
     arguments, grad = draw(**case)
@@ -114,7 +165,12 @@ def launches(compiled_afresh):
 
 @pytest.mark.parametrize('case', CASES, ids=str)
 def test_matches_float64(case):
-    assert {launch.name for launch in check(case)} == set(KERNELS)
+    assert {launch.name for launch in check(case)} == set(WINDOW_KERNELS)
+
+
+@pytest.mark.parametrize('case', [SUM_CASE, dict(d=16, r=1, kinds=1, N=65, h=1, dtype='float32')], ids=str)
+def test_sums_match_float64(case):
+    assert {launch.name for launch in check_sums(case)} == set(SUM_KERNELS)
 
 
 def faults_of_each(launch, statement):
@@ -129,20 +185,20 @@ def faults_of_each(launch, statement):
     return found
 
 
-@pytest.mark.parametrize('kernel', KERNELS)
+@pytest.mark.parametrize('kernel', WINDOW_KERNELS)
 def test_finds_missing_barrier(launches, kernel):
     found = faults_of_each(launches[kernel], r'bar\.sync')
     # compilers may set one that is not needed
     assert found.count(DataRace) > 0.8 * len(found), found
 
 
-@pytest.mark.parametrize('kernel', KERNELS)
+@pytest.mark.parametrize('kernel', WINDOW_KERNELS)
 def test_finds_missing_wait(launches, kernel):
     found = faults_of_each(launches[kernel], r'cp\.async\.wait_group')
     assert found and set(found) == {EarlyAccess}
 
 
-@pytest.mark.parametrize('kernel', KERNELS)
+@pytest.mark.parametrize('kernel', WINDOW_KERNELS)
 @pytest.mark.parametrize('kind,statement,edit', [
     (OutOfBounds, r'ld\.global|cp\.async\.c[ag]', (r'(\[ %rd\d+ \+) 0', r'\1 16')),  # the next eight numbers of 16 bits
     (OutOfBounds, r'st\.global', (r'(\[ %rd\d+ \+) 0', r'\1 16')),

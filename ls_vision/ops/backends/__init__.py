@@ -3,7 +3,7 @@
 To add one: a file with its functions, and an entry in `BACKENDS`. Tests run over the registry.
 """
 import os
-from typing import Callable, Dict, NamedTuple, Optional, Tuple
+from typing import Callable, Dict, NamedTuple, Optional, Sequence, Tuple
 
 from torch import Tensor
 
@@ -77,6 +77,24 @@ def resolve(
         _prefers_triton(query) and padding is None and triton.why_not(query, window, with_grad, with_lse) is None
         and triton.failure(query, window, additional, bias) is None)
     return BACKENDS['triton' if takes_triton else 'blocked']
+
+
+def takes_kernels(tokens: Tensor, rows: int, others: Sequence[Tensor], is_global: bool) -> bool:
+    """Whether Triton's kernels compute sums over all tokens: on a GPU, or where the environment names them.
+
+    Args:
+        tokens: (B, N, n, h, d), what is summed.
+        rows: Sums per head.
+        others: What else a kernel reads.
+        is_global: Attention of global tokens, not summaries.
+    """
+    asked = os.environ.get(BACKEND_ENV)
+    if asked not in (None, '', 'triton') or any(x.dtype != tokens.dtype for x in others):
+        return False
+    if triton.long_range.why_not(tokens, rows) is not None:
+        return False
+    return asked == 'triton' or (
+        _prefers_triton(tokens) and triton.failure_of_sums(tokens, rows, is_global) is None)
 
 
 def _prefers_triton(query: Tensor) -> bool:

@@ -36,6 +36,47 @@ class Problem(NamedTuple):
             f'{"with" if self.has_bias else "no"} bias')
 
 
+class Sums(NamedTuple):
+    """What the long-range half asks for: weighted sums over all tokens."""
+    head_dim: int
+    rows: int
+    """Sums per head: summaries or global queries."""
+    kinds: int
+    """1 where keys and values are the same tensor, else 2."""
+    is_global: bool
+
+    def __str__(self) -> str:
+        what = 'global tokens' if self.is_global else 'summaries'
+        return f'head width {self.head_dim}, {self.rows} {what}, {self.kinds} kinds of tokens'
+
+
+class SumInputs(NamedTuple):
+    """Of a forward and a backward pass of `Sums`, B images of N tokens."""
+    tokens: Tensor
+    """(B, N, kinds, h, d)."""
+    scores: Tensor
+    """(B, h, rows, N) of summaries."""
+    query: Tensor
+    """(B, rows, h, d) of global tokens."""
+    own: Tensor
+    """(B, rows, 2, h, d), keys and values of the global tokens."""
+    grad: Tensor
+    """(B, rows, kinds of the sums, h, d), gradient of the sums."""
+
+
+def draw_sums(problem: Sums, dtype: torch.dtype, device: torch.device) -> SumInputs:
+    """Random inputs of two images, of so many tokens that kernels take them in chunks, the last of them ragged."""
+    generator = torch.Generator().manual_seed(0)
+    (d, rows, kinds, is_global), B, N, h = problem, 2, 600, 2
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    return SumInputs(
+        randn(B, N, kinds, h, d), randn(B, h, rows, N), randn(B, rows, h, d), randn(B, rows, 2, h, d),
+        randn(B, rows, 1 if is_global else kinds, h, d))
+
+
 class Inputs(NamedTuple):
     """Of a forward and a backward pass."""
     query: Tensor

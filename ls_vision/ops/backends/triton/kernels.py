@@ -178,16 +178,22 @@ def _window_logits(
 
 
 @triton.jit
-def _accumulate(logits, v, peak, total, acc, PRECISION: tl.constexpr):
-    """One step of the online softmax: running maximum, sum of weights and weighted sum of values."""
+def _next_weights(logits, peak, total):
+    """One step of the online softmax: weights relative to the new running maximum, the factor that makes earlier ones
+    relative to it, the maximum, the sum of weights."""
     new_peak = tl.maximum(peak, tl.max(logits, 1))
     # a row that has met no key yet must not become nan
     shift = tl.where(new_peak == float('-inf'), 0., new_peak) * _LOG2E
     weights = tl.exp2(tl.fma(logits, _LOG2E, -shift[:, None]))
     decay = tl.exp2(peak * _LOG2E - shift)
-    total = total * decay + tl.sum(weights, 1)
-    acc = _dot(weights.to(v.dtype), v, acc * decay[:, None], PRECISION)
-    return new_peak, total, acc
+    return weights, decay, new_peak, total * decay + tl.sum(weights, 1)
+
+
+@triton.jit
+def _accumulate(logits, v, peak, total, acc, PRECISION: tl.constexpr):
+    """A step with a block of values: running maximum, sum of weights and weighted sum of values."""
+    weights, decay, peak, total = _next_weights(logits, peak, total)
+    return peak, total, _dot(weights.to(v.dtype), v, acc * decay[:, None], PRECISION)
 
 
 @triton.jit
@@ -459,7 +465,7 @@ def additional_gradient_kernel(
         HEAD_DIM: tl.constexpr, D: tl.constexpr, M: tl.constexpr,
         PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, ROWS_M: tl.constexpr,
 ):
-    """A block of additional keys against `chunk` queries of an image -> their part of dk, dv, (splits, B, M, h, d)."""
+    """A block of additional keys against `chunk` queries of an image -> part of dk, dv, (splits, B, M, 2, h, d)."""
     M_BLOCKS: tl.constexpr = (M + ROWS_M - 1) // ROWS_M
     program = tl.program_id(0)
     batch, head, split = _locate(program // M_BLOCKS, splits, B, h, False)
@@ -482,9 +488,9 @@ def additional_gradient_kernel(
         logits = _dot_logits(k, q, scale, PRECISION)
         dk, dv = _accumulate_key_gradient(logits, q, v, dout, peak, log_total, delta, scale, dk, dv, PRECISION)
 
-    row = (split.to(tl.int64) * B + batch) * M * h + head
-    _store_rows(dak_ptr + row * HEAD_DIM, m_index * h * HEAD_DIM, dk, m_index < M, HEAD_DIM, D)
-    _store_rows(dav_ptr + row * HEAD_DIM, m_index * h * HEAD_DIM, dv, m_index < M, HEAD_DIM, D)
+    row = (split.to(tl.int64) * B + batch) * M * 2 * h + head
+    _store_rows(dak_ptr + row * HEAD_DIM, m_index * 2 * h * HEAD_DIM, dk, m_index < M, HEAD_DIM, D)
+    _store_rows(dav_ptr + row * HEAD_DIM, m_index * 2 * h * HEAD_DIM, dv, m_index < M, HEAD_DIM, D)
 
 
 @triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_STATISTICS)

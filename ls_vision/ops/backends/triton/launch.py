@@ -49,6 +49,14 @@ class Blocks(NamedTuple):
     registers: Optional[int] = None
 
 
+# Of the kernels of the long-range half, which own 16 rows and walk over blocks of tokens; see there.
+_LONG_RANGE_BLOCKS: Dict[str, Dict[int, List[Blocks]]] = {
+    'summaries': {64: [Blocks(16, 64, 4, 3)], 128: [Blocks(16, 64, 4, 2)]},
+    'summaries_gradient': {64: [Blocks(16, 64, 4, 2)], 128: [Blocks(16, 64, 8, 2)]},
+    'global_attention': {64: [Blocks(16, 64, 4, 3)], 128: [Blocks(16, 64, 4, 2)]},
+    'global_gradient': {64: [Blocks(16, 64, 4, 2)], 128: [Blocks(16, 32, 4, 2)]},
+    'merge': {128: [Blocks(16, 16, 1, 1)]},
+}
 # By kernel and head width up to which they serve, for operands of 16 bits. The first is the default, the others are
 # alternatives to time; those of the additional keys' and the bias's gradient have equal shapes, for the buffers of
 # partial sums depend on them. None of them spills registers: tests/ops/test_triton.py compiles them.
@@ -67,6 +75,7 @@ _HOPPER_BLOCKS: Dict[str, Dict[int, List[Blocks]]] = {
     },
     'additional_gradient': {64: [Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 3)], 128: [Blocks(32, 64, 8, 2)]},
     'bias_gradient': {64: [Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 3)], 128: [Blocks(64, 64, 8, 2)]},
+    **_LONG_RANGE_BLOCKS,
 }
 _AMPERE_BLOCKS: Dict[str, Dict[int, List[Blocks]]] = {
     'forward': {
@@ -82,6 +91,7 @@ _AMPERE_BLOCKS: Dict[str, Dict[int, List[Blocks]]] = {
     'key_gradient': {64: [Blocks(32, 64, 4, 2), Blocks(32, 64, 4, 3)], 128: [Blocks(32, 64, 8, 2)]},
     'additional_gradient': {64: [Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 3)], 128: [Blocks(32, 64, 8, 2)]},
     'bias_gradient': {64: [Blocks(32, 64, 8, 2), Blocks(32, 64, 8, 3)], 128: [Blocks(32, 64, 8, 2)]},
+    **_LONG_RANGE_BLOCKS,
 }
 # float32 is multiplied without tensor cores, in full precision
 _FLOAT32_BLOCKS: Dict[str, Dict[int, List[Blocks]]] = {
@@ -100,6 +110,11 @@ _FLOAT32_BLOCKS: Dict[str, Dict[int, List[Blocks]]] = {
     'key_gradient': {64: [Blocks(32, 32, 8, 2, 255)], 128: [Blocks(16, 32, 8, 1, 255)]},
     'additional_gradient': {64: [Blocks(32, 32, 8, 2, 255)], 128: [Blocks(32, 32, 16, 2, 128)]},
     'bias_gradient': {64: [Blocks(32, 32, 8, 2, 255)], 128: [Blocks(16, 32, 16, 2, 128)]},
+    'summaries': {64: [Blocks(16, 32, 8, 2, 255)], 128: [Blocks(16, 16, 8, 1, 255)]},
+    'summaries_gradient': {64: [Blocks(16, 32, 4, 2)], 128: [Blocks(16, 16, 8, 1, 255)]},
+    'global_attention': {64: [Blocks(16, 32, 8, 2, 255)], 128: [Blocks(16, 16, 8, 1, 255)]},
+    'global_gradient': {64: [Blocks(16, 16, 8, 1, 255)], 128: [Blocks(16, 16, 8, 1, 255)]},
+    'merge': {128: [Blocks(16, 16, 1, 1)]},
 }
 # the interpreter takes the same time for a block of any size
 _INTERPRETER_BLOCKS = Blocks(128, 256, 4, 1)
@@ -107,11 +122,11 @@ _INTERPRETER_BLOCKS = Blocks(128, 256, 4, 1)
 
 def why_not(query: Tensor, window: Window, with_grad: bool, with_lse: bool) -> Optional[str]:
     """The reason why the kernels can't compute this here, None where they can."""
-    return _no_platform(query.device, query.dtype) or _no_size(query, window)
+    return no_platform(query.device, query.dtype) or _no_size(query, window)
 
 
 @torch.compiler.assume_constant_result  # compilation need not follow imports and questions to the driver
-def _no_platform(device: torch.device, dtype: torch.dtype) -> Optional[str]:
+def no_platform(device: torch.device, dtype: torch.dtype) -> Optional[str]:
     return _no_triton() or _no_device(device, dtype)
 
 
@@ -145,11 +160,18 @@ def _no_size(query: Tensor, window: Window) -> Optional[str]:
         return f'the kernels take square windows with a margin of half a window, not {tuple(window)}'
     if window.rows > _LARGEST_WINDOW:
         return f'the kernels take windows of up to {_LARGEST_WINDOW}, not {window.rows}'
-    if d > _LARGEST_HEAD:
-        return f'the kernels take head widths of up to {_LARGEST_HEAD}, not {d}'
+    if no_head(d):
+        return no_head(d)
     rows = max(tile_side(window.rows) + 2 * window.row_margin, 64)
     if rows * 3 * W * h * d >= 2 ** 31:
         return f'{rows} rows of queries, keys and values must span less than 2^31 elements, not {rows * 3 * W * h * d}'
+    return None
+
+
+def no_head(head_dim: int) -> Optional[str]:
+    """The reason why no kernel takes heads of that width, None where they do."""
+    if head_dim > _LARGEST_HEAD:
+        return f'the kernels take head widths of up to {_LARGEST_HEAD}, not {head_dim}'
     return None
 
 
@@ -170,10 +192,10 @@ def block_shapes(kernel: str, head_dim: int, dtype: torch.dtype, capability: Tup
 def constants(head_dim: int, window_size: int, num_additional: int, has_bias: bool, dtype: torch.dtype) -> Arguments:
     """Compile-time arguments of the kernels, but for block shapes."""
     side = tile_side(window_size)
-    block_m = max(_power_of_two(num_additional), 16)
+    block_m = max(power_of_two(num_additional), 16)
     return dict(
         HEAD_DIM=head_dim,
-        D=max(_power_of_two(head_dim), 16),  # the least that tensor cores take
+        D=max(power_of_two(head_dim), 16),  # the least that tensor cores take
         WINDOW=window_size,
         MARGIN=square_window(window_size).row_margin,
         TILE_ROWS=side,
@@ -204,7 +226,7 @@ def poisoned() -> Iterator[None]:
         _poison.active = False
 
 
-def _buffer(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+def buffer(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Memory for a result."""
     if _poison.active:
         return torch.full(tuple(shape), float('nan'), dtype=dtype, device=device)
@@ -229,12 +251,12 @@ def forward(
     """
     B, H, W, h, d = query.shape
     window_size = window.rows
-    out = _buffer((B, H, W, h, d), query.dtype, query.device)
-    statistics = _buffer((2, B, h, H, W), torch.float32, query.device)
+    out = buffer((B, H, W, h, d), query.dtype, query.device)
+    statistics = buffer((2, B, h, H, W), torch.float32, query.device)
     arguments = _arguments(query, pair, window_size, additional, bias, scale)
     arguments.update(out_ptr=out, **_statistics(statistics), **_query_table(bias, window_size, statistics))
     tiles = B * h * arguments['tiles_y'] * arguments['tiles_x']
-    _launch('forward', tiles, arguments, BLOCK_Q=tile_side(window_size) ** 2)
+    launch('forward', tiles, arguments, query, BLOCK_Q=tile_side(window_size) ** 2)
     return out, statistics
 
 
@@ -266,27 +288,28 @@ def backward(
     window_size, margin = window.rows, window.row_margin
     side = tile_side(window_size)
     arguments = _arguments(query, pair, window_size, additional, bias, scale)
-    delta = _buffer((B, h, H, W), torch.float32, query.device)
-    grad_query = _buffer(query.shape, query.dtype, query.device)
+    delta = buffer((B, h, H, W), torch.float32, query.device)
+    grad_query = buffer(query.shape, query.dtype, query.device)
     grad_pair = grad_additional = grad_bias = None
     arguments.update(out_ptr=out.contiguous(), delta_ptr=delta, **_statistics(statistics.contiguous()))
-    arguments.update(**_token_arguments('dout', _readable(grad_out, query.dtype)))
+    arguments.update(**_token_arguments('dout', readable(grad_out, query.dtype)))
     query_table = _query_table(bias, window_size, delta)
     tiles = B * h * arguments['tiles_y'] * arguments['tiles_x']
 
     # fills in delta for the others, so it comes first and is never left out
-    _launch('query_gradient', tiles, {**arguments, **query_table, 'dq_ptr': grad_query}, BLOCK_Q=side ** 2)
+    launch('query_gradient', tiles, {**arguments, **query_table, 'dq_ptr': grad_query}, query, BLOCK_Q=side ** 2)
     if needs[1]:
-        grad_pair = _buffer(pair.shape, pair.dtype, pair.device)
+        grad_pair = buffer(pair.shape, pair.dtype, pair.device)
         dk, dv = grad_pair.unbind(3)
         # key tiles begin p tokens before the grid
-        tiles_y, tiles_x = _ceil_div(H + margin, side), _ceil_div(W + margin, side)
+        tiles_y, tiles_x = ceil_div(H + margin, side), ceil_div(W + margin, side)
         own = dict(dk_ptr=dk, dv_ptr=dv, tiles_y=tiles_y, tiles_x=tiles_x, **_key_table(bias, window_size, delta))
-        _launch('key_gradient', B * h * tiles_y * tiles_x, {**arguments, **own}, BLOCK_K=side ** 2)
+        launch('key_gradient', B * h * tiles_y * tiles_x, {**arguments, **own}, query, BLOCK_K=side ** 2)
     if additional is not None and needs[2]:
         grad_additional = _additional_gradient(arguments, query, additional)
     if bias is not None and needs[3]:
-        grad_bias = _bias_gradient({**arguments, **query_table}, query, window_size).to(bias.dtype)
+        grad_bias = _bias_gradient({**arguments, **query_table}, query, window_size)
+        grad_bias = grad_bias.to(bias.dtype).contiguous()
     return grad_query if needs[0] else None, grad_pair, grad_additional, grad_bias
 
 
@@ -302,42 +325,50 @@ def _additional_gradient(arguments: Arguments, query: Tensor, additional: Tensor
     if M == 0:
         return torch.zeros_like(additional)
     block = _blocks('additional_gradient', query)[0].queries
-    m_blocks = _ceil_div(M, arguments['ROWS_M'])
-    steps = max(_ceil_div(_ceil_div(H * W, block) * B * h * m_blocks, _REDUCTION_PROGRAMS), _REDUCTION_STEPS)
-    splits = _ceil_div(H * W, steps * block)
-    sums = _buffer((2, splits, B, M, h, d), torch.float32, query.device)
-    own = dict(dak_ptr=sums[0], dav_ptr=sums[1], splits=splits, chunk=steps * block)
-    _launch('additional_gradient', B * h * splits * m_blocks, {**arguments, **own})
-    return sums.sum(1).permute(1, 2, 0, 3, 4).to(additional.dtype).contiguous()
+    m_blocks = ceil_div(M, arguments['ROWS_M'])
+    steps = max(ceil_div(ceil_div(H * W, block) * B * h * m_blocks, _REDUCTION_PROGRAMS), _REDUCTION_STEPS)
+    splits = ceil_div(H * W, steps * block)
+    parts = buffer((splits, B, M, 2, h, d), query.dtype if splits == 1 else torch.float32, query.device)
+    own = dict(dak_ptr=parts[:, :, :, 0], dav_ptr=parts[:, :, :, 1], splits=splits, chunk=steps * block)
+    launch('additional_gradient', B * h * splits * m_blocks, {**arguments, **own}, query)
+    return sum_parts(parts, additional.dtype)
+
+
+def sum_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum over the first dimension, of which a single part is the result already."""
+    return (parts[0] if parts.shape[0] == 1 else parts.sum(0)).to(dtype)
 
 
 def _bias_gradient(arguments: Arguments, query: Tensor, window_size: int) -> Tensor:
     B, h = query.shape[0], query.shape[3]
     side, margin = tile_side(window_size), square_window(window_size).row_margin
     blocks = _blocks('bias_gradient', query)[0]
-    q_blocks, k_blocks = _ceil_div(side ** 2, blocks.queries), _ceil_div((side + 2 * margin) ** 2, blocks.keys)
+    q_blocks, k_blocks = ceil_div(side ** 2, blocks.queries), ceil_div((side + 2 * margin) ** 2, blocks.keys)
     pairs = h * q_blocks * k_blocks
     tiles = B * arguments['tiles_y'] * arguments['tiles_x']
-    steps = max(_ceil_div(tiles * pairs, _REDUCTION_PROGRAMS), _REDUCTION_STEPS)
-    groups = _ceil_div(tiles, steps)
+    steps = max(ceil_div(tiles * pairs, _REDUCTION_PROGRAMS), _REDUCTION_STEPS)
+    groups = ceil_div(tiles, steps)
     # float32 sums of a tile's queries and keys, in whole blocks
     shape = (groups, h, q_blocks * blocks.queries, k_blocks * blocks.keys)
-    dbias = _buffer(shape, torch.float32, query.device)
-    _launch('bias_gradient', pairs * groups, {**arguments, 'dbias_ptr': dbias, 'groups': groups})
-    return _fold_windows(dbias.sum(0)[:, :side ** 2, :(side + 2 * margin) ** 2], window_size)
+    dbias = buffer(shape, torch.float32, query.device)
+    launch('bias_gradient', pairs * groups, {**arguments, 'dbias_ptr': dbias, 'groups': groups}, query)
+    total = sum_parts(dbias, torch.float32)
+    return _fold_windows(total[:, :side ** 2, :(side + 2 * margin) ** 2], window_size)
 
 
 def _fold_windows(x: Tensor, window_size: int) -> Tensor:
     """Sums the pairs of a tile, (h, side^2, (side + 2p)^2), over its windows -> (h, Q, K)."""
     w, side, margin = window_size, tile_side(window_size), square_window(window_size).row_margin
     span = w + 2 * margin
+    if side == w:
+        return x
     x = x.unflatten(1, (side, side)).unflatten(3, (side + 2 * margin, side + 2 * margin))
     windows = [
         x[:, i:i + w, j:j + w, i:i + span, j:j + span].reshape(-1, w * w, span * span)
         for i in range(0, side, w)
         for j in range(0, side, w)
     ]
-    return functools.reduce(torch.add, windows).contiguous()
+    return functools.reduce(torch.add, windows)
 
 
 def _arguments(
@@ -352,12 +383,12 @@ def _arguments(
     B, H, W, h, d = query.shape
     side = tile_side(window_size)
     M = 0 if additional is None else additional.shape[1]
-    arguments: Arguments = dict(B=B, h=h, H=H, W=W, tiles_y=_ceil_div(H, side), tiles_x=_ceil_div(W, side), scale=scale)
-    key, value = _readable(pair, query.dtype).unbind(3)
-    for name, x in (('q', _readable(query, query.dtype)), ('k', key), ('v', value)):
+    arguments: Arguments = dict(B=B, h=h, H=H, W=W, tiles_y=ceil_div(H, side), tiles_x=ceil_div(W, side), scale=scale)
+    key, value = readable(pair, query.dtype).unbind(3)
+    for name, x in (('q', readable(query, query.dtype)), ('k', key), ('v', value)):
         arguments.update(_token_arguments(name, x))
     # without additional keys the pointers are not used, but there must be some
-    ak, av = (query, query) if additional is None else _readable(additional, query.dtype).unbind(2)
+    ak, av = (query, query) if additional is None else readable(additional, query.dtype).unbind(2)
     for name, x in (('ak', ak), ('av', av)):
         b, m, *_, head, _ = x.stride()
         arguments.update({f'{name}_ptr': x, f'{name}_b': b, f'{name}_m': m, f'{name}_h': head})
@@ -440,36 +471,36 @@ def _aligned(table: Tensor) -> Tensor:
     return F.pad(table, (0, missing)) if missing else table.contiguous()
 
 
-def _readable(x: Tensor, dtype: torch.dtype) -> Tensor:
+def readable(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Kernels read any strides but that of the last dimension, so nothing that the layers pass is copied."""
     x = x.to(dtype)
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _launch(name: str, programs: int, arguments: Arguments, **blocked: int) -> None:
+def launch(name: str, programs: int, arguments: Arguments, operand: Tensor, **blocked: int) -> None:
     """Runs a kernel.
 
     Args:
         name: Which one.
         programs: How many programs for each block of `blocked`.
         arguments: By parameter; those that the kernel lacks are ignored.
+        operand: (..., d), for whose device, dtype and head width the kernel is chosen.
         blocked: By block size parameter, what it divides among programs.
     """
-    query = arguments['q_ptr']
     function = kernel(name)
     taken = {parameter: arguments[parameter] for parameter in function.arg_names if parameter in arguments}
-    shapes = _blocks(name, query)
+    shapes = _blocks(name, operand)
 
     def run(shape: Blocks) -> None:
         options = compile_options(name, shape)
-        count = programs * math.prod(_ceil_div(size, options[block]) for block, size in blocked.items())
+        count = programs * math.prod(ceil_div(size, options[block]) for block, size in blocked.items())
         function[(count,)](**taken, **options, enable_fp_fusion=True)
 
     if programs == 0:  # no images
         return
-    kinds = [taken[x] for x in ('HEAD_DIM', 'WINDOW', 'M', 'HAS_BIAS', 'PRECISION') if x in taken]
-    with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
-        run(tuning.choose((name, query.device, query.dtype, *kinds), shapes, run))
+    kinds = [taken[x] for x in ('HEAD_DIM', 'WINDOW', 'M', 'HAS_BIAS', 'R', 'KINDS', 'PRECISION') if x in taken]
+    with torch.cuda.device(operand.device) if operand.is_cuda else contextlib.nullcontext():
+        run(tuning.choose((name, operand.device, operand.dtype, *kinds), shapes, run))
 
 
 def compile_options(name: str, blocks: Blocks) -> Arguments:
@@ -479,18 +510,19 @@ def compile_options(name: str, blocks: Blocks) -> Arguments:
     return dict(options, num_warps=blocks.num_warps, num_stages=blocks.num_stages, maxnreg=blocks.registers)
 
 
-def _blocks(name: str, query: Tensor) -> Tuple[Blocks, ...]:
+def _blocks(name: str, operand: Tensor) -> Tuple[Blocks, ...]:
     """Block shapes that a kernel may be launched with, the default first."""
     if _interpreting():
         return (_INTERPRETER_BLOCKS,)
-    capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else (9, 0)
-    return tuple(block_shapes(name, query.shape[-1], query.dtype, capability))
+    capability = torch.cuda.get_device_capability(operand.device) if operand.is_cuda else (9, 0)
+    return tuple(block_shapes(name, operand.shape[-1], operand.dtype, capability))
 
 
 @functools.cache
 def kernel(name: str) -> Any:
-    """The kernel function of that name in `kernels`."""
-    return getattr(importlib.import_module('.kernels', __package__), f'{name}_kernel')
+    """The kernel function of that name."""
+    modules = [importlib.import_module(f'.{module}', __package__) for module in ('kernels', 'long_range_kernels')]
+    return next(getattr(module, f'{name}_kernel') for module in modules if hasattr(module, f'{name}_kernel'))
 
 
 @functools.cache
@@ -499,10 +531,10 @@ def _interpreting() -> bool:
     return bool(importlib.import_module('triton').knobs.runtime.interpret)
 
 
-def _ceil_div(a: int, b: int) -> int:
+def ceil_div(a: int, b: int) -> int:
     return (a + b - 1) // b
 
 
-def _power_of_two(n: int) -> int:
+def power_of_two(n: int) -> int:
     """The next one."""
     return 1 << max(n - 1, 0).bit_length()
