@@ -2,9 +2,11 @@
 
     ls-vision doctor
     ls-vision doctor --out report
+    ls-vision doctor --bench                           # on a GPU: how fast and lean, minutes
 
 The checks run in a process of their own, so that a kernel which breaks the GPU's state harms nobody. --out writes
-report.txt and report.json to attach to a bug report. The exit code is 1 where a check failed.
+report.txt and report.json to attach to a bug report. --bench measures models, attention and memory beside timm's and
+writes a dated file. The exit code is 1 where a check failed.
 """
 import argparse
 import json
@@ -17,6 +19,8 @@ from typing import Any, Optional
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--out', metavar='NAME', help='write NAME.txt and NAME.json')
+    parser.add_argument(
+        '--bench', metavar='FOLDER', nargs='?', const='benchmarks/results', help='measure, too (default: %(const)s)')
 
 
 def run(args: argparse.Namespace) -> None:
@@ -25,6 +29,8 @@ def run(args: argparse.Namespace) -> None:
     out = Path(args.out) if args.out else None
     if out is not None and not out.parent.is_dir():
         raise UserError(f'--out {args.out}: there is no folder {out.parent}')
+    if args.bench and not Path(args.bench).is_dir():
+        raise UserError(f'--bench {args.bench}: there is no such folder')
     report = examine()
     text = describe(report)
     print(text)
@@ -33,6 +39,18 @@ def run(args: argparse.Namespace) -> None:
         out.with_name(out.name + '.json').write_text(json.dumps(report, indent=1) + '\n')
     if any(check['outcome'] == 'failed' for check in report['checks']):
         sys.exit(1)
+    if args.bench:
+        measure(args.bench, has_gpu=bool(report['facts'].get('GPUs')))
+
+
+def measure(folder: str, has_gpu: bool) -> None:
+    """Writes the tables of speed and memory, by another process."""
+    if not has_gpu:
+        print('skipped: the measurements of --bench: there is no GPU')
+        return
+    code = subprocess.run([sys.executable, '-m', 'ls_vision.analysis.gpu_speed', folder]).returncode
+    if code != 0:
+        sys.exit(code)
 
 
 def examine() -> dict[str, Any]:
