@@ -9,13 +9,15 @@ import torch.nn.functional as F
 from timm.models import register_notrace_function
 from torch import Tensor, nn
 
+from ..ops.graph_sizes import is_multiple
+
 
 def pad_to_patches(x: Tensor, patch_size: int) -> Tensor:
     """Zeros below and to the right, so that no pixel of (B, C, H, W) is left out by patches side by side."""
     H, W = x.shape[-2], x.shape[-1]
     if not torch.jit.is_scripting():  # noqa: SIM102, TorchScript does not know the condition that follows
-        if torch.compiler.is_exporting() and (isinstance(H, torch.SymInt) or isinstance(W, torch.SymInt)):
-            # a program of open size can't ask what there is to pad; less than a patch too much makes no patch more
+        if torch.compiler.is_compiling() and not (is_multiple(H, patch_size) and is_multiple(W, patch_size)):
+            # a graph of open size must not ask what there is to pad; less than a patch too much makes no patch more
             return F.pad(x, (0, patch_size - 1, 0, patch_size - 1))
     if H % patch_size == 0 and W % patch_size == 0:
         return x

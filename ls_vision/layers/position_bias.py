@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops.graph_sizes import are_equal
 from ..ops.numerics import at_least_float32, to_dtype
 from ..ops.window import key_size, make_window, window_offsets
 
@@ -131,10 +132,12 @@ def resize_grid_bias(table: Tensor, feat_size: Tuple[int, int], new_feat_size: T
     Returns:
         ((2H' - 1) * (2W' - 1), h); the table itself where the grid is the same.
     """
-    open_size = False  # an exported program of open size can't ask whether this is the native one
-    if not torch.jit.is_scripting():
-        open_size = torch.compiler.is_exporting() and any(isinstance(s, torch.SymInt) for s in new_feat_size)
-    if not open_size and feat_size[0] == new_feat_size[0] and feat_size[1] == new_feat_size[1]:
+    if torch.jit.is_scripting():
+        is_native = feat_size[0] == new_feat_size[0] and feat_size[1] == new_feat_size[1]
+    else:
+        # a graph of open size can't ask whether this is the native one, for which resampling changes nothing
+        is_native = are_equal(feat_size[0], new_feat_size[0]) and are_equal(feat_size[1], new_feat_size[1])
+    if is_native:
         return table
     size = (2 * feat_size[0] - 1, 2 * feat_size[1] - 1)
     dense = at_least_float32(table.t().reshape(table.shape[1], size[0], size[1]))  # (h, 2H - 1, 2W - 1)
