@@ -23,11 +23,11 @@ def test_model_ema(name, foreach):
     ema = ModelEmaV3(model, decay=.8, foreach=foreach)
     expected = {key: value.clone() for key, value in model.state_dict().items()}
     optimizer = torch.optim.SGD(model.parameters(), lr=.01)
-    for step in range(3):
+    for _ in range(3):
         optimizer.zero_grad()
         F.cross_entropy(model(images(2)), torch.arange(2)).backward()
         optimizer.step()
-        ema.update(model, step)
+        ema.update(model)
         for key, value in model.state_dict().items():
             expected[key] = torch.lerp(value, expected[key], .8) if value.is_floating_point() else value.clone()
     for key, value in ema.module.state_dict().items():
@@ -37,7 +37,7 @@ def test_model_ema(name, foreach):
 
 
 @pytest.mark.item("timm's optimisers on default parameter groups: the loss of a batch falls")
-@pytest.mark.parametrize('opt', ['muon', 'nmuon', 'adamuon', 'adamw', 'lamb', 'lion', 'adafactorbv', 'soap', 'kron', 'cadamw'])
+@pytest.mark.parametrize('opt', ['muon', 'nmuon', 'adamuon', 'adamw', 'lamb', 'lion', 'adafactorbv', 'cadamw'])
 @each_model()
 def test_optimizers(name, opt):
     model, x, y = small(name).train(), images(4), torch.arange(4)
@@ -53,7 +53,7 @@ def test_optimizers(name, opt):
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.item('Muon orthogonalises all linear maps of the blocks, AdamW takes biases, norms and position tables')
+@pytest.mark.item('Muon orthogonalises all linear maps of the blocks, AdamW takes biases and norms')
 @each_model()
 def test_muon_takes_matrices(name):
     model = small(name).train()
@@ -64,7 +64,7 @@ def test_muon_takes_matrices(name):
     matrices = {f'{n}.weight' for n, m in model.named_modules()
                 if isinstance(m, torch.nn.Linear) and ('blocks' in n or 'downsample' in n)}
     assert matrices <= by_muon
-    assert not [n for n in by_muon if n.endswith('bias') or 'norm' in n or 'relative_position' in n]
+    assert not [n for n in by_muon if n.endswith('.bias') or 'norm' in n]
 
 
 @pytest.mark.item('layer decay: scales rise from the first to the last block, without decay where the model says so')
@@ -132,12 +132,13 @@ def test_safetensors(name, tmp_path):
 @each_model()
 def test_local_dir(name, safe, tmp_path):
     model, x = small(name), images(2)
-    save_for_hf(model, tmp_path, model_config=dict(mean=(.1, .2, .3)), model_args=dict(SMALL[name], img_size=64),
+    model.pretrained_cfg['mean'] = (.1, .2, .3)
+    save_for_hf(model, tmp_path, model_args=dict(SMALL[name], img_size=64),
                 safe_serialization=safe)
     source = f'local-dir:{tmp_path}'
     assert json.loads((tmp_path / 'config.json').read_text())['architecture'] == name
     loaded = timm.create_model(source, pretrained=True).eval()
-    assert loaded.pretrained_cfg['mean'] == (.1, .2, .3) or loaded.pretrained_cfg['mean'] == [.1, .2, .3]
+    assert tuple(loaded.pretrained_cfg['mean']) == (.1, .2, .3)
     other = timm.create_model(source, pretrained=True, num_classes=3, img_size=96).eval()
     features = timm.create_model(source, pretrained=True, features_only=True).eval()
     with torch.no_grad():
