@@ -1,7 +1,8 @@
 """Markers and the table of the conformance suite.
 
 `@pytest.mark.item('words', 'package', ...)` names the row that a test makes in docs/conformance.md and the packages that
-it is about. `--conformance-table FILE` writes the rows of a run to a JSON file, which `table.py` turns into Markdown.
+it is about. `--conformance-table FILE` writes the rows of a run to a JSON file, which `table.py` turns into Markdown. Tests of timm's
+own scripts need a checkout of its repository, `--timm-scripts FOLDER`.
 """
 import importlib.metadata
 import json
@@ -26,6 +27,8 @@ def version_of(package):
 
 def pytest_addoption(parser):
     parser.addoption('--conformance-table', default=None, metavar='FILE', help='write what each item came to as JSON')
+    parser.addoption('--timm-scripts', default=None, metavar='FOLDER',
+                     help="timm's scripts (train.py, ...), from its repository: they are in no release file")
 
 
 def pytest_configure(config):
