@@ -11,16 +11,16 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 
+from ls_vision.analysis.compiled_kernels import SHARED_MEMORY, SUM_KERNELS, WINDOW_KERNELS, compile_kernel
 from ls_vision.ops.backends.reference import reference_attention
 from ls_vision.ops.backends.triton import launch as launcher
-from ls_vision.ops.backends.triton import long_range, tuning
+from ls_vision.ops.backends.triton import tuning
 from ls_vision.ops.window import make_window, num_keys, num_queries
 
 pytest.importorskip('triton')
@@ -28,9 +28,7 @@ pytest.importorskip('triton')
 # largest error of the output, and of gradients as a fraction of their largest entry
 TOLERANCE = {'float32': (1e-5, 1e-5), 'float16': (2e-3, 4e-3), 'bfloat16': (3e-2, 3e-2)}
 
-KERNELS = ('forward', 'query_gradient', 'key_gradient', 'additional_gradient', 'bias_gradient')
-SUM_KERNELS = ('summaries', 'summaries_gradient', 'global_attention', 'global_gradient', 'merge')
-SHARED_MEMORY = {80: 160 * 1024, 90: 227 * 1024}
+KERNELS = WINDOW_KERNELS
 
 
 # ---- the program: commands from stdin, answers to stdout ----------------------------------------------------------
@@ -83,7 +81,8 @@ def compare(arguments, grad, grad_size):
     grads = launcher.backward(grad, None, *arguments, out, statistics, [True] * 4)
     lse = statistics.sum(0)
 
-    exact = [x.float().requires_grad_() if isinstance(x, torch.Tensor) else x for x in arguments]
+    # the bias may be float32 beside half precision, in which kernels take it
+    exact = [x.to(grad.dtype).float().requires_grad_() if isinstance(x, torch.Tensor) else x for x in arguments]
     expected, expected_lse = reference_attention(*exact)
     tensors = [exact[i] for i in (0, 1, 3, 4)]
     expected_grads = iter(torch.autograd.grad(
@@ -178,64 +177,9 @@ def contracts():
     return answers
 
 
-def spills(kernel, arch, dtype, head_dim, window_size=7, num_additional=9, has_bias=True, rows=9):
+def spills(kernel, arch, dtype, **case):
     """Compiles a kernel with each of its block shapes -> bytes spilled, registers and shared memory of each."""
-    capability, dtype = divmod(arch, 10), getattr(torch, dtype)
-    if kernel in SUM_KERNELS:
-        constants = dict(long_range.constants(head_dim, rows, 2, dtype, False), M=rows, HAS_LSE=False)
-    else:
-        constants = launcher.constants(head_dim, window_size, num_additional, has_bias, dtype)
-    answers = []
-    for blocks in launcher.block_shapes(kernel, head_dim, dtype, capability):
-        options = launcher.compile_options(kernel, blocks)
-        compiled = compile_ahead(kernel, arch, dtype, {**constants, **options})
-        answers.append({'blocks': blocks, 'shared': compiled.metadata.shared, **resources(compiled.asm['ptx'], arch)})
-    return answers
-
-
-def compile_ahead(kernel, arch, dtype, options):
-    """What a launch compiles, pointers and strides divisible by 16 as they are in models."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-    function = launcher.kernel(kernel)
-    operand = {torch.float32: '*fp32', torch.float16: '*fp16', torch.bfloat16: '*bf16'}[dtype]
-    float32 = ('bias_ptr', 'peak_ptr', 'log_total_ptr', 'delta_ptr', 'dbias_ptr', 'dak_ptr', 'dav_ptr', 'dlse_ptr',
-               'parts_ptr', 'part_peaks_ptr', 'part_totals_ptr')
-    signature, constants, attributes = {}, {}, {}
-    for i, name in enumerate(function.arg_names):
-        if name in options:
-            signature[name], constants[name] = 'constexpr', options[name]
-        elif name.endswith('_ptr'):
-            signature[name] = '*fp32' if name in float32 else operand
-        else:
-            signature[name] = 'fp32' if name == 'scale' else 'i32'
-        aligned = name.endswith(('_ptr', '_b', '_y', '_x', '_h', '_m', '_q', '_k', 'x_n', 'k_n', 'q_r', '_kind'))
-        if aligned and not name.startswith(('tiles', 'peak', 'log_total')):
-            attributes[(i,)] = [['tt.divisibility', 16]]
-    launch_options = {name: options[name] for name in ('num_warps', 'num_stages', 'maxnreg')}
-    return triton.compile(
-        ASTSource(function, signature, constants, attributes), target=GPUTarget('cuda', arch, 32),
-        options={**launch_options, 'enable_fp_fusion': True})
-
-
-def resources(ptx, arch):
-    """Assembles with the first of Triton's assemblers that knows the PTX's version."""
-    import triton
-    folder = Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin'
-    with tempfile.TemporaryDirectory() as scratch:
-        source = Path(scratch) / 'kernel.ptx'
-        source.write_text(ptx)
-        # the second is given an option that Triton gives it
-        for assembler in (['ptxas'], ['ptxas-blackwell', '--regAllocOptLevel=2']):
-            gpu = 'sm_90a' if arch == 90 else f'sm_{arch}'
-            command = [folder / assembler[0], *assembler[1:], '-v', '--gpu-name', gpu, source, '-o', os.devnull]
-            run = subprocess.run(command, capture_output=True, text=True)
-            if run.returncode == 0:
-                break
-    log = run.stdout + run.stderr
-    stored, loaded = re.search(r'(\d+) bytes spill stores, (\d+) bytes spill loads', log).groups()
-    return {'registers': int(re.search(r'Used (\d+) registers', log).group(1)), 'spilled': int(stored) + int(loaded)}
+    return [compiled._asdict() for compiled in compile_kernel(kernel, arch, getattr(torch, dtype), **case)]
 
 
 def launch(tune=False, **case):
@@ -544,7 +488,7 @@ def test_compiles_without_spills(compiler, kernel, arch, dtype, d, w, M, bias):
 @pytest.mark.parametrize('kernel', SUM_KERNELS)
 @pytest.mark.parametrize('arch,dtype,d,rows', [(80, 'bfloat16', 64, 9), (90, 'bfloat16', 32, 9)])
 def test_sums_compile_without_spills(compiler, kernel, arch, dtype, d, rows):
-    check_compiled(compiler('spills', kernel=kernel, arch=arch, dtype=dtype, head_dim=d, rows=rows), arch)
+    check_compiled(compiler('spills', kernel=kernel, arch=arch, dtype=dtype, head_dim=d, num_additional=rows), arch)
 
 
 @pytest.mark.slow

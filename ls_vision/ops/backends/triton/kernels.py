@@ -133,18 +133,34 @@ def _query_block(block, TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, BLOCK_
 
 
 @triton.jit
+def _is_interior(row0, col0, H, W, MARGIN: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Are all keys of a tile on the grid, and those that the last block has too many as well?"""
+    READ: tl.constexpr = ((ROWS * COLS + BLOCK_K - 1) // BLOCK_K * BLOCK_K + COLS - 1) // COLS
+    return (row0 >= MARGIN) & (col0 >= MARGIN) & (row0 + (READ - MARGIN) <= H) & (col0 + (COLS - MARGIN) <= W)
+
+
+@triton.jit
 def _load_window_keys(
         k_ptr, v_ptr, k_index, row0, col0, k_y, k_x, v_y, v_x, H, W,
         HEAD_DIM: tl.constexpr, D: tl.constexpr, MARGIN: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+        INTERIOR: tl.constexpr,
 ):
     """Keys by their number in the ROWS x COLS tokens in and around a tile -> k, v (BLOCK_K, D), rows and columns
-    counted from the tile's corner, which the pointers are at, and which of them are on the grid (BLOCK_K,)."""
+    counted from the tile's corner, which the pointers are at, and which of them exist (BLOCK_K,).
+
+    Of an interior tile all can be read, and only those too many in the last block, in the row below, do not exist.
+    """
     row = _divide(k_index, COLS)
     row, col = row - MARGIN, k_index - row * COLS - MARGIN
-    # surplus keys of the last block lie in the row below the tile's last
-    inside = _on_grid(row0 + row, col0 + col, tl.minimum(row0 + (ROWS - MARGIN), H), W)
-    k = _load_rows(k_ptr, row * k_y + col * k_x, inside, HEAD_DIM, D)
-    v = _load_rows(v_ptr, row * v_y + col * v_x, inside, HEAD_DIM, D)
+    if INTERIOR:
+        inside = k_index < ROWS * COLS
+        readable = tl.full(k_index.shape, True, tl.int1)
+    else:
+        # surplus keys of the last block lie in the row below the tile's last
+        inside = _on_grid(row0 + row, col0 + col, tl.minimum(row0 + (ROWS - MARGIN), H), W)
+        readable = inside
+    k = _load_rows(k_ptr, row * k_y + col * k_x, readable, HEAD_DIM, D)
+    v = _load_rows(v_ptr, row * v_y + col * v_x, readable, HEAD_DIM, D)
     return k, v, row, col, inside
 
 
@@ -175,6 +191,23 @@ def _window_logits(
         in_square = _in_square(q_row[:, None], q_col[:, None], k_row[None, :], k_col[None, :], WINDOW, MARGIN)
         logits = tl.where(in_square, logits, float('-inf'))
     return tl.where(k_inside[None, :], logits, float('-inf'))
+
+
+@triton.jit
+def _window_block(
+        start, q, k_ptr, v_ptr, bias_ptr, bias_q, q_index, q_row, q_col, row0, col0, k_y, k_x, v_y, v_x, H, W, scale,
+        HEAD_DIM: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr, MARGIN: tl.constexpr,
+        QUERIES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, HAS_BIAS: tl.constexpr,
+        PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, INTERIOR: tl.constexpr,
+):
+    """A block of a tile's keys -> its logits (BLOCK_Q, BLOCK_K), k, v (BLOCK_K, D)."""
+    k_index = tl.multiple_of(start, BLOCK_K) + tl.arange(0, BLOCK_K)
+    k, v, k_row, k_col, k_inside = _load_window_keys(
+        k_ptr, v_ptr, k_index, row0, col0, k_y, k_x, v_y, v_x, H, W, HEAD_DIM, D, MARGIN, ROWS, COLS, INTERIOR)
+    logits = _window_logits(
+        q, k, bias_ptr, bias_q, q_index, q_row, q_col, k_index, k_row, k_col, k_inside, scale,
+        WINDOW, MARGIN, QUERIES, ROWS * COLS, HAS_BIAS, PRECISION)
+    return logits, k, v
 
 
 @triton.jit
@@ -248,14 +281,20 @@ def forward_kernel(
     # of the rows outside the grid whole blocks are skipped, not parts, which keeps the bias table's vectors aligned
     first = tl.maximum(MARGIN - row0, 0) * COLS // BLOCK_K * BLOCK_K
     last = tl.minimum(ROWS, H - row0 + MARGIN) * COLS
-    for start in range(first, last, BLOCK_K):
-        k_index = tl.multiple_of(start, BLOCK_K) + tl.arange(0, BLOCK_K)
-        k, v, k_row, k_col, k_inside = _load_window_keys(
-            k_ptr, v_ptr, k_index, row0, col0, k_y, k_x, v_y, v_x, H, W, HEAD_DIM, D, MARGIN, ROWS, COLS)
-        logits = _window_logits(
-            q, k, bias_ptr, bias_q, q_index, q_row, q_col, k_index, k_row, k_col, k_inside, scale,
-            WINDOW, MARGIN, TILE_ROWS * TILE_COLS, ROWS * COLS, HAS_BIAS, PRECISION)
-        peak, total, acc = _accumulate(logits, v, peak, total, acc, PRECISION)
+    if _is_interior(row0, col0, H, W, MARGIN, ROWS, COLS, BLOCK_K):
+        for start in range(first, last, BLOCK_K):
+            logits, k, v = _window_block(
+                start, q, k_ptr, v_ptr, bias_ptr, bias_q, q_index, q_row, q_col, row0, col0, k_y, k_x, v_y, v_x, H, W,
+                scale, HEAD_DIM, D, WINDOW, MARGIN, TILE_ROWS * TILE_COLS, ROWS, COLS, HAS_BIAS, PRECISION, BLOCK_K,
+                True)
+            peak, total, acc = _accumulate(logits, v, peak, total, acc, PRECISION)
+    else:
+        for start in range(first, last, BLOCK_K):
+            logits, k, v = _window_block(
+                start, q, k_ptr, v_ptr, bias_ptr, bias_q, q_index, q_row, q_col, row0, col0, k_y, k_x, v_y, v_x, H, W,
+                scale, HEAD_DIM, D, WINDOW, MARGIN, TILE_ROWS * TILE_COLS, ROWS, COLS, HAS_BIAS, PRECISION, BLOCK_K,
+                False)
+            peak, total, acc = _accumulate(logits, v, peak, total, acc, PRECISION)
 
     out_ptr += _token_corner(batch, head, row0, col0, h, H, W) * HEAD_DIM
     _store_rows(out_ptr, (q_row * W + q_col) * (h * HEAD_DIM), acc / total[:, None], q_valid, HEAD_DIM, D)
@@ -321,14 +360,20 @@ def query_gradient_kernel(
     bias_ptr += head * bias_h
     first = tl.maximum(MARGIN - row0, 0) * COLS // BLOCK_K * BLOCK_K
     last = tl.minimum(ROWS, H - row0 + MARGIN) * COLS
-    for start in range(first, last, BLOCK_K):
-        k_index = tl.multiple_of(start, BLOCK_K) + tl.arange(0, BLOCK_K)
-        k, v, k_row, k_col, k_inside = _load_window_keys(
-            k_ptr, v_ptr, k_index, row0, col0, k_y, k_x, v_y, v_x, H, W, HEAD_DIM, D, MARGIN, ROWS, COLS)
-        logits = _window_logits(
-            q, k, bias_ptr, bias_q, q_index, q_row, q_col, k_index, k_row, k_col, k_inside, scale,
-            WINDOW, MARGIN, TILE_ROWS * TILE_COLS, ROWS * COLS, HAS_BIAS, PRECISION)
-        dq = _accumulate_query_gradient(logits, k, v, dout, peak, log_total, delta, scale, dq, PRECISION)
+    if _is_interior(row0, col0, H, W, MARGIN, ROWS, COLS, BLOCK_K):
+        for start in range(first, last, BLOCK_K):
+            logits, k, v = _window_block(
+                start, q, k_ptr, v_ptr, bias_ptr, bias_q, q_index, q_row, q_col, row0, col0, k_y, k_x, v_y, v_x, H, W,
+                scale, HEAD_DIM, D, WINDOW, MARGIN, TILE_ROWS * TILE_COLS, ROWS, COLS, HAS_BIAS, PRECISION, BLOCK_K,
+                True)
+            dq = _accumulate_query_gradient(logits, k, v, dout, peak, log_total, delta, scale, dq, PRECISION)
+    else:
+        for start in range(first, last, BLOCK_K):
+            logits, k, v = _window_block(
+                start, q, k_ptr, v_ptr, bias_ptr, bias_q, q_index, q_row, q_col, row0, col0, k_y, k_x, v_y, v_x, H, W,
+                scale, HEAD_DIM, D, WINDOW, MARGIN, TILE_ROWS * TILE_COLS, ROWS, COLS, HAS_BIAS, PRECISION, BLOCK_K,
+                False)
+            dq = _accumulate_query_gradient(logits, k, v, dout, peak, log_total, delta, scale, dq, PRECISION)
     _store_rows(dq_ptr + corner, offset, dq, q_valid, HEAD_DIM, D)
 
 
@@ -532,7 +577,7 @@ def bias_gradient_kernel(
         v_corner = _corner(batch, head, row0, col0, v_b, v_y, v_x, v_h)
         k, v, _, _, k_inside = _load_window_keys(
             k_ptr + k_corner, v_ptr + v_corner, k_index, row0, col0, k_y, k_x, v_y, v_x, H, W,
-            HEAD_DIM, D, MARGIN, ROWS, COLS)
+            HEAD_DIM, D, MARGIN, ROWS, COLS, False)
         logits = tl.where(k_inside[None, :], _dot_logits(q, k, scale, PRECISION) + bias, float('-inf'))
         # what the bias makes of queries outside the grid must not be infinite, as it is multiplied by zeros
         peak = tl.where(q_inside, peak, float('inf'))

@@ -93,6 +93,13 @@ _AMPERE_BLOCKS: Dict[str, Dict[int, List[Blocks]]] = {
     'bias_gradient': {64: [Blocks(32, 64, 8, 2), Blocks(32, 64, 8, 3)], 128: [Blocks(32, 64, 8, 2)]},
     **_LONG_RANGE_BLOCKS,
 }
+# A multiprocessor of compute capability 8.6, 8.9 or 12.0 has 100 KiB of shared memory, in which several blocks of
+# threads should fit.
+_SMALL_BLOCKS: Dict[str, Dict[int, List[Blocks]]] = {
+    **_AMPERE_BLOCKS,
+    'forward': {64: [Blocks(64, 32, 4, 2)], 128: [Blocks(32, 32, 4, 2)]},
+    'query_gradient': {64: [Blocks(64, 32, 4, 2)], 128: [Blocks(32, 32, 8, 2)]},
+}
 # float32 is multiplied without tensor cores, in full precision
 _FLOAT32_BLOCKS: Dict[str, Dict[int, List[Blocks]]] = {
     'forward': {
@@ -185,7 +192,8 @@ def block_shapes(kernel: str, head_dim: int, dtype: torch.dtype, capability: Tup
     if dtype == torch.float32:
         table = _FLOAT32_BLOCKS
     else:
-        table = _HOPPER_BLOCKS if capability[0] == 9 else _AMPERE_BLOCKS
+        small = capability in ((8, 6), (8, 9)) or capability[0] == 12
+        table = _HOPPER_BLOCKS if capability[0] == 9 else _SMALL_BLOCKS if small else _AMPERE_BLOCKS
     return next(shapes for width, shapes in sorted(table[kernel].items()) if head_dim <= width)
 
 
@@ -254,7 +262,7 @@ def forward(
     out = buffer((B, H, W, h, d), query.dtype, query.device)
     statistics = buffer((2, B, h, H, W), torch.float32, query.device)
     arguments = _arguments(query, pair, window_size, additional, bias, scale)
-    arguments.update(out_ptr=out, **_statistics(statistics), **_query_table(bias, window_size, statistics))
+    arguments.update(out_ptr=out, **_statistics(statistics), **_query_table(bias, window_size, query))
     tiles = B * h * arguments['tiles_y'] * arguments['tiles_x']
     launch('forward', tiles, arguments, query, BLOCK_Q=tile_side(window_size) ** 2)
     return out, statistics
@@ -293,7 +301,7 @@ def backward(
     grad_pair = grad_additional = grad_bias = None
     arguments.update(out_ptr=out.contiguous(), delta_ptr=delta, **_statistics(statistics.contiguous()))
     arguments.update(**_token_arguments('dout', readable(grad_out, query.dtype)))
-    query_table = _query_table(bias, window_size, delta)
+    query_table = _query_table(bias, window_size, query)
     tiles = B * h * arguments['tiles_y'] * arguments['tiles_x']
 
     # fills in delta for the others, so it comes first and is never left out
@@ -303,7 +311,7 @@ def backward(
         dk, dv = grad_pair.unbind(3)
         # key tiles begin p tokens before the grid
         tiles_y, tiles_x = ceil_div(H + margin, side), ceil_div(W + margin, side)
-        own = dict(dk_ptr=dk, dv_ptr=dv, tiles_y=tiles_y, tiles_x=tiles_x, **_key_table(bias, window_size, delta))
+        own = dict(dk_ptr=dk, dv_ptr=dv, tiles_y=tiles_y, tiles_x=tiles_x, **_key_table(bias, window_size, query))
         launch('key_gradient', B * h * tiles_y * tiles_x, {**arguments, **own}, query, BLOCK_K=side ** 2)
     if additional is not None and needs[2]:
         grad_additional = _additional_gradient(arguments, query, additional)
@@ -407,26 +415,29 @@ def _token_arguments(name: str, x: Tensor) -> Arguments:
     return {f'{name}_ptr': x, **{f'{name}_{axis}': stride for axis, stride in zip('byxh', x.stride())}}
 
 
-def _query_table(bias: Optional[Tensor], window_size: int, unused: Tensor) -> Arguments:
-    """The bias for kernels whose rows are queries: those of a tile, columns are the keys in and around it."""
+def _query_table(bias: Optional[Tensor], window_size: int, query: Tensor) -> Arguments:
+    """The bias for kernels whose rows are queries: those of a tile, columns are the keys in and around it.
+
+    It is in the precision of the query, as the mask of PyTorch's attention is: kernels read it for every logit.
+    """
     if bias is None:
-        return dict(bias_ptr=unused, bias_h=0, bias_q=0)
+        return dict(bias_ptr=query, bias_h=0, bias_q=0)
     side, margin = tile_side(window_size), square_window(window_size).row_margin
     if side > window_size:
         bias = _tile_bias(bias, window_size, (0, side), (-margin, side + margin))
-    table = _aligned(bias)
+    table = _aligned(bias.to(query.dtype))
     return dict(bias_ptr=table, bias_h=table.stride(0), bias_q=table.stride(1))
 
 
-def _key_table(bias: Optional[Tensor], window_size: int, unused: Tensor) -> Arguments:
+def _key_table(bias: Optional[Tensor], window_size: int, query: Tensor) -> Arguments:
     """The bias for the kernel whose rows are keys; see there."""
     if bias is None:
-        return dict(bias_ptr=unused, bias_h=0, bias_k=0)
+        return dict(bias_ptr=query, bias_h=0, bias_k=0)
     side, margin = tile_side(window_size), square_window(window_size).row_margin
     if side > window_size:
         before = 2 if window_size == 1 else 1
         bias = _tile_bias(bias, window_size, (-before * window_size, side), (-margin, side - margin))
-    table = _aligned(bias.transpose(1, 2))
+    table = _aligned(bias.to(query.dtype).transpose(1, 2))
     return dict(bias_ptr=table, bias_h=table.stride(0), bias_k=table.stride(1))
 
 
