@@ -122,24 +122,40 @@ def gather(
     if additional is not None:
         more.copy_(additional[lines.chunk.images].permute(2, 0, 3, 1, 4))
     k_more, v_more = more.flatten(1, 2).unbind(0)
-    p, window = take('p', shape=(I * h, lines.T, M + lines.K)), take('window', shape=(lines.A, lines.w, lines.K))
-    torch.baddbmm(window, q.view(lines.A, lines.w, d), k.transpose(1, 2), beta=0., alpha=scale, out=window)
-    if padding is not None:
-        masked = lines.chunk.keys(padding)[:, None, 0, :, 0, None]  # (I, 1, n, 1, K)
-        window.view(I, h, -1, lines.w, lines.K)[:, :, :lines.n].masked_fill_(masked, masked_logit(window.dtype))
-    p[..., M:] = window.view(I * h, lines.T, lines.K)
-    if M:
-        logits = p[..., :M]
-        torch.baddbmm(logits, q, k_more.transpose(1, 2), beta=0., alpha=scale, out=logits)
+    p = products(q, k, k_more, lines, 'p', scale, padding)
     torch.softmax(p, dim=-1, out=p)
     return Tiles(q, k, v, k_more, v_more, p)
 
 
+def products(
+        x: Tensor,
+        of_window: Tensor,
+        more: Tensor,
+        lines: Lines,
+        kind: str,
+        scale: float,
+        padding: Optional[Tensor] = None,
+) -> Tensor:
+    """scale * x [more, of_window]^T, (I * h, T, J) of (I * h, T, d), (I * h, M, d) and (A, K, d); no weight at padding.
+
+    Products write whole tensors, which are then joined: into parts of one they would go matrix by matrix.
+    """
+    (A, w, K, d), M = (lines.A, lines.w, lines.K, lines.d), more.shape[1]
+    near, far = lines.take('near', shape=(A, w, K)), lines.take('far', shape=(*x.shape[:2], M))
+    torch.baddbmm(near, x.view(A, w, d), of_window.transpose(1, 2), beta=0., alpha=scale, out=near)
+    if padding is not None:
+        masked = lines.chunk.keys(padding)[:, None, 0, :, 0, None]  # (I, 1, n, 1, K)
+        by_line = near.view(lines.I, lines.h, -1, w, K)[:, :, :lines.n]
+        by_line.masked_fill_(masked, masked_logit(near.dtype))
+    if M:
+        torch.baddbmm(far, x, more.transpose(1, 2), beta=0., alpha=scale, out=far)
+    out = lines.take(kind, shape=(*x.shape[:2], M + K))
+    return torch.cat([far, near.view(*x.shape[:2], K)], dim=-1, out=out)
+
+
 def of_windows(x: Tensor, lines: Lines) -> Tensor:
-    """(I * h, T, J) -> a copy (A, w, K) of what belongs to the windows' keys."""
-    part = lines.take('window', shape=(lines.A, lines.w, lines.K))
-    part.view(x.shape[0], lines.T, lines.K).copy_(x[..., -lines.K:])
-    return part
+    """View (A, w, K) of (I * h, T, J): what belongs to the windows' keys."""
+    return x.view(lines.A, lines.w, -1)[..., -lines.K:]
 
 
 def write(target: Tensor, tile: Tensor, weights: Tensor, more: Tensor, lines: Lines, scale: float) -> None:
@@ -186,21 +202,20 @@ def backward(
     tiles = gather(query, pair, additional, padding, lines, scale)
     (A, w, K, d), M, p = (lines.A, lines.w, lines.K, lines.d), tiles.k_more.shape[1], tiles.p
     do, q_window = lines.gather_queries('do', grad_out), tiles.q.view(A, w, d)
-    ds, window, dkv = take('ds', shape=p.shape), take('window', shape=(A, w, K)), take('dkv', shape=(2, A, K, d))
-    dkv_more = take('dkv more', shape=(2, *tiles.k_more.shape))
+    dkv, dkv_more = take('dkv', shape=(2, A, K, d)), take('dkv more', shape=(2, *tiles.k_more.shape))
+    near = take('near', shape=(A, w, K))
 
-    torch.bmm(of_windows(p, lines).transpose(1, 2), do.view(A, w, d), out=dkv[1])
-    torch.bmm(do.view(A, w, d), tiles.v.transpose(1, 2), out=window)
-    ds[..., M:] = window.view(*p.shape[:2], K)
+    near.copy_(of_windows(p, lines))  # products that transpose it are twice as fast on a copy
+    torch.bmm(near.transpose(1, 2), do.view(A, w, d), out=dkv[1])
     if M:
         torch.bmm(p[..., :M].transpose(1, 2), do, out=dkv_more[1])
-        torch.bmm(do, tiles.v_more.transpose(1, 2), out=ds[..., :M])
+    ds = products(do, tiles.v, tiles.v_more, lines, 'ds', 1.)
     torch.ops.aten._softmax_backward_data.out(ds, p, -1, p.dtype, grad_input=ds)
 
-    of_windows(ds, lines)
-    torch.baddbmm(dkv[0], window.transpose(1, 2), q_window, beta=0., alpha=scale, out=dkv[0])
+    near.copy_(of_windows(ds, lines))
+    torch.baddbmm(dkv[0], near.transpose(1, 2), q_window, beta=0., alpha=scale, out=dkv[0])
     dq = take('dq', shape=(A, w, d))
-    torch.baddbmm(dq, window, tiles.k, beta=0., alpha=scale, out=dq)
+    torch.baddbmm(dq, near, tiles.k, beta=0., alpha=scale, out=dq)
     write(grad_q, dq, ds[..., :M], tiles.k_more, lines, scale)
     lines.add_windows(grad_pair, dkv)
     if M:
