@@ -47,6 +47,8 @@ class Lines:
         self.queries = slice(start, min(stop, self.N))
         self.keys = slice(max(start - self.p, 0), min(stop + self.p, self.N))
         self.left = self.keys.start - (start - self.p)  # keys before the first token
+        # keys that windows of the part before see as well
+        self.seen = min(start + self.p, self.N) - self.keys.start if start else 0
 
     def gather_queries(self, kind: str, x: Tensor) -> Tensor:
         """(I * h, T, d) of a raster (B, 1, N, h, d), 0 where no query is."""
@@ -72,7 +74,7 @@ class Lines:
         return lines.as_strided((self.A, self.K, self.d), (self.w * self.d, self.d, 1), lines.storage_offset())
 
     def add_windows(self, target: Tensor, tiles: Tensor) -> None:
-        """Adds tiles (2, A, K, d) to the raster (B, 1, N, 2, h, d)."""
+        """Adds tiles (2, A, K, d) to the raster (B, 1, N, 2, h, d), whose parts come in order and need no zeros."""
         total, raster = self._key_lines('total'), self._keys(target)
         for kind in range(2):
             # all windows' keys 0 .. w - 1, which lie side by side, then the next w, which begin one window later
@@ -84,7 +86,9 @@ class Lines:
                     total[kind, self.A * self.w:] = 0.
                 else:
                     own.add_(part)
-            raster[kind].add_(self._by_line(total[kind])[:, :, self.left:self.left + raster.shape[3]])
+            sums = self._by_line(total[kind])[:, :, self.left:self.left + raster.shape[3]]
+            raster[kind][:, :, :self.seen].add_(sums[:, :, :self.seen])
+            raster[kind][:, :, self.seen:] = sums[:, :, self.seen:]
 
     def hide(self, logits: Tensor, padding: Optional[Tensor]) -> None:
         """Masks keys that do not exist or are padding, (B, 1, N), in logits (A, w, K)."""
@@ -234,7 +238,7 @@ def backward(
 ) -> Tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, pair and additional keys and values, (B, 0, 2, h, d) without any."""
     (B, _, _, h, d), M = query.shape, 0 if additional is None else additional.shape[1]
-    grad_q, grad_pair = torch.empty(query.shape, dtype=query.dtype), torch.zeros(pair.shape, dtype=pair.dtype)
+    grad_q, grad_pair = (torch.empty(t.shape, dtype=t.dtype) for t in (query, pair))
     grad_additional = torch.zeros(B, M, 2, h, d, dtype=query.dtype)
     for lines in parts(query, window, M, take):
         tiles = gather(query, pair, additional, padding, lines, scale)
