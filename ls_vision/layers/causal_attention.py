@@ -50,6 +50,7 @@ class CausalLongShortAttention1d(nn.Module):
             chunk_size: int = 16,
             chunk_rank: int = 1,
             summaries: str = 'uniform',
+            max_chunks: Optional[int] = None,
             bias: bool = False,
             clamp_len: int = -1,
             chunk_clamp_len: int = -1,
@@ -68,6 +69,8 @@ class CausalLongShortAttention1d(nn.Module):
             summaries: 'uniform' summarises all chunks alike, so that it makes no difference where a text is cut into
                 calls; 'released' summarises those of earlier calls as the released code does those of its memory:
                 tokens are pooled, then projected. Calls with a state must then be whole chunks.
+            max_chunks: A token sees the summaries of the last so many chunks, so that a state stops growing; None for
+                those of all chunks.
             bias: Add a bias to queries, keys, values and the output.
             clamp_len: Distances between tokens beyond this one are taken for it; -1 for no limit.
             chunk_clamp_len: The same for distances to summaries, counted in summaries.
@@ -86,6 +89,8 @@ class CausalLongShortAttention1d(nn.Module):
         check_at_least(0, chunk_rank=chunk_rank)
         check_at_least(-1, clamp_len=clamp_len, chunk_clamp_len=chunk_clamp_len)
         check_choice('summaries', summaries, SUMMARIES)
+        if max_chunks is not None:
+            check_at_least(1, max_chunks=max_chunks)
         if window_size < chunk_size and chunk_rank > 0 and not self.allows_gap:
             raise ValueError(
                 f'window_size {window_size} is smaller than chunk_size {chunk_size}: tokens of the open chunk that the '
@@ -96,6 +101,7 @@ class CausalLongShortAttention1d(nn.Module):
         self.chunk_size = chunk_size
         self.chunk_rank = chunk_rank
         self.summaries = summaries
+        self.max_chunks = max_chunks
         self.clamp_len = clamp_len
         self.chunk_clamp_len = chunk_clamp_len
         self.scale = (dim // num_heads) ** -0.5
@@ -181,22 +187,29 @@ class CausalLongShortAttention1d(nn.Module):
         x = to_autocast(x)
         query, raw, scores = self._project(x)
         pair = self._window_pair(raw)
-        start = 0 if state is None else state.num_tokens
+        num_seen = 0 if state is None else state.num_tokens
         if state is not None:
             pair = torch.cat([state.pair, pair], dim=1)
         finished, open_part = self._pool(raw, scores, state, keep)
         known = pair.new_empty(x.shape[0], 0, *pair.shape[2:]) if state is None else state.summaries
         summaries = known if finished is None else torch.cat([known, finished], dim=1)
-        out = self._attend(query, pair, summaries, start)
+        out = self._attend(query, pair, summaries, self._start(known, num_seen))
         if not keep:
             return out, None
         if self.summaries == 'released' and scores is not None:
             summaries = torch.cat([known, self._remembered_summaries(x, scores)], dim=1)
+        if self.max_chunks is not None:
+            summaries = _last(summaries, self.max_chunks * self.chunk_rank)
         sums, lse = (None, None) if open_part is None else open_part
-        recent = pair[:, max(pair.shape[1] - (self.window_size - 1), 0):]
-        if pair.shape[1] > 2 * self.window_size:
-            recent = recent.clone()  # a view would keep the keys and values of all tokens
-        return out, CausalState(start + x.shape[1], recent, summaries, sums, lse, self._number)
+        recent = _last(pair, self.window_size - 1)
+        return out, CausalState(num_seen + x.shape[1], recent, summaries, sums, lse, self._number)
+
+    def _start(self, known: Tensor, num_seen: int) -> int:
+        """Number of the first query, counted from the first chunk whose summaries (B, S, 2, h, d) are known."""
+        if self.chunk_rank == 0:
+            return num_seen
+        dropped = num_seen // self.chunk_size - known.shape[1] // self.chunk_rank
+        return num_seen - dropped * self.chunk_size
 
     def _project(self, x: Tensor) -> Tuple[Tensor, Tensor, Optional[Tensor]]:
         """Queries (B, N, h, d), keys and values (B, N, 2, h, d), not normalised, and scores (B, N, h, r)."""
@@ -282,7 +295,8 @@ class CausalLongShortAttention1d(nn.Module):
         out = causal_attention(
             query, pair, summaries, positions.unflatten(-1, heads), summary_positions.unflatten(-1, heads),
             self.r_w_bias[0, :, 0, 0], self.r_r_bias[0, :, 0],
-            CausalGeometry(self.window_size, self.chunk_size, self.chunk_rank, start), self.scale, drop)
+            CausalGeometry(self.window_size, self.chunk_size, self.chunk_rank, start, self.max_chunks or 0),
+            self.scale, drop)
         return out.flatten(2)
 
     def _output(self, x: Tensor) -> Tensor:
@@ -311,7 +325,14 @@ class CausalLongShortAttention1d(nn.Module):
     def extra_repr(self) -> str:
         return (
             f'dim={self.dim}, num_heads={self.num_heads}, window_size={self.window_size}, '
-            f'chunk_size={self.chunk_size}, chunk_rank={self.chunk_rank}, summaries={self.summaries!r}')
+            f'chunk_size={self.chunk_size}, chunk_rank={self.chunk_rank}, summaries={self.summaries!r}, '
+            f'max_chunks={self.max_chunks}')
+
+
+def _last(x: Tensor, count: int) -> Tensor:
+    """The last `count` tokens or summaries of (B, N, ...), without keeping much more than them in memory."""
+    last = x[:, max(x.shape[1] - count, 0):]
+    return last.clone() if x.shape[1] > 2 * (count + 1) else last
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:

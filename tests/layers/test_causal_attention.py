@@ -37,6 +37,7 @@ GEOMETRIES = {
     'window_alone': dict(window_size=7, chunk_size=4, chunk_rank=0),
     'smallest': dict(window_size=1, chunk_size=1),
     'clamped': dict(window_size=8, chunk_size=4, chunk_rank=2, clamp_len=3, chunk_clamp_len=5),
+    'bounded': dict(window_size=8, chunk_size=4, chunk_rank=2, max_chunks=2),
 }
 
 
@@ -87,7 +88,7 @@ def dense(module, x):
             ((q[t] + module.r_w_bias[0, :, 0, 0]) * k[window.start:t + 1]).sum(-1)
             + ((q[t] + module.r_r_bias[0, :, 0]) * split(module.r_net(near))).sum(-1)]
         values = [v[window.start:t + 1]]
-        for g in range(t // c if r else 0):
+        for g in range(max(t // c - (module.max_chunks or t), 0), t // c if r else 0):
             chunk = slice(g * c, g * c + c)
             p = split(module.dconv_1(x[chunk])).softmax(0)  # (c, h, r)
             k_g, v_g = (
@@ -150,7 +151,7 @@ def test_jacobian_is_strictly_causal(kwargs):
     jacobian = torch.autograd.functional.jacobian(lambda x: module(x).sum((0, 2)), torch.randn(1, N, 16))
     seen = jacobian[:, 0].abs().amax(-1)  # (query, token)
     assert (seen.triu(1) == 0).all()
-    if module.chunk_rank:
+    if module.chunk_rank and not module.max_chunks:
         assert (seen[torch.ones(N, N).tril().bool()] > 0).all()
 
 
@@ -191,6 +192,17 @@ def test_state_size():
         # nothing larger is kept alive behind the tensors
         tensors = [t for t in vars(state).values() if isinstance(t, torch.Tensor)]
         assert sum(t.untyped_storage().nbytes() for t in tensors) <= state.num_bytes + 4 * n * C
+
+
+def test_state_of_bounded_size():
+    module, sizes = make(chunk_rank=2, max_chunks=3), set()
+    state, x = None, torch.randn(1, 100, 16)
+    with torch.no_grad():
+        for i in range(100):
+            _, state = module(x[:, i:i + 1], state=state)
+            sizes.add(state.summaries.untyped_storage().nbytes() if i > 20 else 0)
+    assert state.summaries.shape[1] == 3 * 2
+    assert max(sizes) <= 2 * (3 * 2 + 1) * 2 * 16 * 4  # nothing larger is kept alive behind it
 
 
 def test_reorder_and_detach():
@@ -302,6 +314,7 @@ def test_compiles_once_for_all_lengths():
     (dict(window_size=0), 'window_size is 0, expected 1 or more'),
     (dict(chunk_size=0), 'chunk_size is 0, expected 1 or more'),
     (dict(chunk_rank=-1), 'chunk_rank is -1, expected 0 or more'),
+    (dict(max_chunks=0), 'max_chunks is 0, expected 1 or more'),
     (dict(clamp_len=-2), 'clamp_len is -2, expected -1 or more'),
     (dict(summaries='pooled'), "summaries is 'pooled', expected one of 'uniform', 'released'"),
 ])
