@@ -17,7 +17,7 @@ from ..ops.causal import CausalGeometry, causal_attention
 from ..ops.long_range import merge_parts, summarize
 from ..ops.numerics import at_least_float32, to_autocast, to_dtype
 from . import cpu
-from .causal_state import CausalState
+from .causal_state import CausalState, RaggedState
 from .checks import check_at_least, check_choice, check_heads, check_tokens
 from .norm import DualLayerNorm
 from .sequence_attention import keys_and_values
@@ -143,12 +143,12 @@ class CausalLongShortAttention1d(nn.Module):
             key_padding_mask: Optional[Tensor] = None,
             *,
             state: Any = ...,
-    ) -> Union[Tensor, Tuple[Tensor, CausalState]]:
+    ) -> Union[Tensor, Tuple[Tensor, Union[CausalState, RaggedState]]]:
         """
         Args:
             x: (B, N, C), normalised; any N.
-            key_padding_mask: (B, N) bool, True where a token is PADDING, anywhere in a row; only without a state. The
-                outputs are those of each row without its padding.
+            key_padding_mask: (B, N) bool, True where a token is PADDING, anywhere in a row. The outputs are those of
+                each row without its padding. With a state, rows are computed one after the other from then on.
             state: None at the start of a text, or what the call on the tokens before returned. Left out, nothing is
                 kept.
 
@@ -164,12 +164,11 @@ class CausalLongShortAttention1d(nn.Module):
             if key_padding_mask is None:
                 return self._output(self._run(x, None, keep=False)[0])
             return self._forward_padded(x, key_padding_mask)
-        if key_padding_mask is not None:
-            raise ValueError(
-                'key_padding_mask together with a state: the rows of a state advance in step. Leave the mask out, or '
-                'the state.')
         x = to_autocast(x)
         self._check_state(state, x)
+        if isinstance(state, RaggedState) or (key_padding_mask is not None and key_padding_mask.any()):
+            return self._forward_ragged(x, key_padding_mask, state)
+        self._check_whole_chunks(x.shape[1])
         out, new_state = self._run(x, state, keep=True)
         assert new_state is not None
         return self._output(out), new_state
@@ -181,6 +180,26 @@ class CausalLongShortAttention1d(nn.Module):
         out, _ = self._run(_rows(x, order), None, keep=False)
         out = _rows(out, order.argsort(dim=1))
         return self._output(out.masked_fill(padding.unsqueeze(-1), 0.))
+
+    def _forward_ragged(
+            self,
+            x: Tensor,
+            padding: Optional[Tensor],
+            state: Union[CausalState, RaggedState, None],
+    ) -> Tuple[Tensor, RaggedState]:
+        """Row by row: their chunks begin and end at different places."""
+        padding = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device) if padding is None else padding
+        rows = [None] * x.shape[0] if state is None else state.rows()
+        outputs, states = [], []
+        for tokens, hidden, row in zip(x, padding, rows):
+            place = (~hidden).nonzero().squeeze(1)
+            self._check_whole_chunks(len(place))
+            out, new_state = self._run(tokens[place].unsqueeze(0), row, keep=True)
+            assert new_state is not None
+            outputs.append(torch.zeros_like(tokens).index_copy(0, place, out[0]))
+            states.append(new_state)
+        out = torch.stack(outputs) if outputs else torch.zeros_like(x)
+        return self._output(out), RaggedState(tuple(states))
 
     def _run(self, x: Tensor, state: Optional[CausalState], keep: bool) -> Tuple[Tensor, Optional[CausalState]]:
         """Attention (B, N, C) before the output projection, and the new state where one is to be kept."""
@@ -303,23 +322,27 @@ class CausalLongShortAttention1d(nn.Module):
         return self.proj_drop(cpu.linear(self.proj_out, x))
 
     def _check_state(self, state: Any, x: Tensor) -> None:
-        if state is not None:
-            if not isinstance(state, CausalState):
-                raise ValueError(f'state is a {type(state).__name__}, expected None or the state of an earlier call.')
-            if state.owner != self._number:
-                raise ValueError(
-                    'state is that of another module: each layer has one of its own, and a copy of a module starts '
-                    'with None.')
-            if state.pair.shape[0] != x.shape[0]:
-                raise ValueError(
-                    f'state has a batch of {state.pair.shape[0]}, x one of {x.shape[0]}; `state.reorder` picks rows.')
-            if state.pair.dtype != x.dtype or state.pair.device != x.device:
-                raise ValueError(
-                    f'state is {state.pair.dtype} on {state.pair.device} and x {x.dtype} on {x.device}, expected the '
-                    'same.')
-        if self.summaries == 'released' and self.chunk_rank > 0 and x.shape[1] % self.chunk_size:
+        if state is None:
+            return
+        if not isinstance(state, (CausalState, RaggedState)):
+            raise ValueError(f'state is a {type(state).__name__}, expected None or the state of an earlier call.')
+        rows = (state,) if isinstance(state, CausalState) else state.states
+        batch = state.pair.shape[0] if isinstance(state, CausalState) else len(rows)
+        if any(row.owner != self._number for row in rows):
             raise ValueError(
-                f"x has {x.shape[1]} tokens, with summaries='released' and a state expected a multiple of chunk_size "
+                'state is that of another module: each layer has one of its own, and a copy of a module starts with '
+                'None.')
+        if batch != x.shape[0]:
+            raise ValueError(f'state has a batch of {batch}, x one of {x.shape[0]}; `state.reorder` picks rows.')
+        for row in rows:
+            if row.pair.dtype != x.dtype or row.pair.device != x.device:
+                raise ValueError(
+                    f'state is {row.pair.dtype} on {row.pair.device} and x {x.dtype} on {x.device}, expected the same.')
+
+    def _check_whole_chunks(self, num_tokens: int) -> None:
+        if self.summaries == 'released' and self.chunk_rank > 0 and num_tokens % self.chunk_size:
+            raise ValueError(
+                f"x has {num_tokens} tokens, with summaries='released' and a state expected a multiple of chunk_size "
                 f"{self.chunk_size}; summaries='uniform' takes any number.")
 
     def extra_repr(self) -> str:

@@ -23,7 +23,6 @@ from .chunks import image_chunks
 from .joint_heads import float16_scale
 from .numerics import at_least_float32, attention_logits, statistics_dtype, to_dtype
 
-
 SHORTEST_IN_PLACE = 1024  # tokens; the products of many short sequences are faster on copies, all in one call
 
 

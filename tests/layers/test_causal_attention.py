@@ -7,7 +7,7 @@ from golden_values import SEQUENCE_GOLDEN, check_gradients, read_golden
 from torch._dynamo.testing import CompileCounter
 
 from ls_vision.compat import ChunkedLSAttention
-from ls_vision.layers import CausalLongShortAttention1d
+from ls_vision.layers import CausalLongShortAttention1d, CausalState
 from ls_vision.layers.sinusoids import sinusoids
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -183,6 +183,32 @@ def test_padding_equals_cutting(side):
     assert torch.equal(y[padding], module.proj_out.bias.expand_as(y[padding]))
 
 
+def test_texts_of_different_lengths_with_a_state():
+    module, x = make(bias=True, chunk_rank=2), torch.randn(3, 60, 16)
+    padding = torch.zeros(3, 60, dtype=torch.bool)
+    padding[0, :11] = padding[1, 20:37] = True  # on the left, and in the middle
+    x[padding] = float('nan')
+    with torch.no_grad():
+        expected = module(x, padding)
+        outputs, state, order = [], None, torch.tensor([2, 0, 1])
+        for start, stop in ((0, 15), (15, 37), (37, 38), (38, 38), (38, 60)):
+            mask = padding[:, start:stop] if padding[:, start:stop].any() else None
+            y, state = module(x[:, start:stop], mask, state=state)
+            outputs.append(y)
+        torch.testing.assert_close(torch.cat(outputs, 1), expected, rtol=0, atol=1e-5)
+        assert state.num_tokens == [49, 43, 60] and state.num_bytes == sum(row.num_bytes for row in state.rows())
+        more = torch.randn(3, 2, 16)
+        y, _ = module(more, state=state.reorder(order).detach())
+        whole = torch.cat([x[order], more], 1), torch.cat([padding[order], torch.zeros(3, 2, dtype=torch.bool)], 1)
+        torch.testing.assert_close(y, module(*whole)[:, -2:], rtol=0, atol=1e-5)
+        # a mask of no padding changes nothing
+        assert type(module(x[:, 40:], padding[:, 40:], state=None)[1]) is CausalState
+    with pytest.raises(ValueError, match='index has 3, expected rows 0 to 2 of the batch'):
+        state.reorder(torch.tensor([3]))
+    with pytest.raises(ValueError, match='state has a batch of 3, x one of 2'):
+        module(x[:2], state=state)
+
+
 def test_state_size():
     module, C, w, c, r = make(window_size=8, chunk_size=4, chunk_rank=2), 16, 8, 4, 2
     for n in (3, 8, 61, 400):
@@ -340,8 +366,6 @@ def test_wrong_state():
     ((torch.zeros(2, 9, 8),), {}, r'x has shape \[2, 9, 8\], expected \(batch, tokens, 16\)'),
     ((torch.zeros(2, 9, 16), torch.zeros(2, 8, dtype=torch.bool)), {}, r'mask has shape \[2, 8\], expected \[2, 9\]'),
     ((torch.zeros(2, 9, 16), torch.ones(2, 9)), {}, 'expected a bool tensor, True where a token is PADDING'),
-    ((torch.zeros(2, 9, 16), torch.zeros(2, 9, dtype=torch.bool)), dict(state=None),
-     'key_padding_mask together with a state'),
 ])
 def test_wrong_input(arguments, kwargs, message):
     with pytest.raises(ValueError, match=message):

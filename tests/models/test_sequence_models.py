@@ -102,6 +102,17 @@ def test_generate():
         model.generate(tokens[:, :0], 1)
 
 
+def test_generate_from_texts_of_different_lengths():
+    model = LanguageModel(20, 16, 2, 2, 32, window_size=8, chunk_size=4, max_chunks=3).eval()
+    tokens = torch.randint(0, 20, (2, 30))
+    padding = torch.arange(30) < torch.tensor([[0], [13]])
+    together = model.generate(tokens, 6, temperature=0, key_padding_mask=padding)
+    for row, first in enumerate((0, 13)):
+        assert torch.equal(together[row, first:], model.generate(tokens[row:row + 1, first:], 6, temperature=0)[0])
+    with pytest.raises(ValueError, match='key_padding_mask is True for the last token of a text'):
+        model.generate(tokens, 1, key_padding_mask=~padding)
+
+
 def test_wrong_arguments():
     with pytest.raises(ValueError, match="pooling is 'max', expected one of"):
         SequenceClassifier(2, pooling='max')

@@ -123,7 +123,8 @@ def padded_formula(q, k, v, extra_k, extra_v, bias, window, mask):
 @settings(max_examples=25, deadline=None)
 @given(
     W=st.integers(1, 150), size=st.integers(1, 9), margin=st.integers(0, 12), M=st.integers(0, 20),
-    padded=st.booleans(), dtype=st.sampled_from([torch.float32, torch.float64]), elements=st.sampled_from([400, 2 ** 19]))
+    padded=st.booleans(), dtype=st.sampled_from([torch.float32, torch.float64]),
+    elements=st.sampled_from([400, 2 ** 19]))
 def test_one_row(W, size, margin, M, padded, dtype, elements):
     """Sequences, whose windows the blocked backend computes in a way of its own, some or all at a time."""
     window = Window(1, size, 0, margin)
