@@ -159,7 +159,7 @@ class CausalLongShortAttention1d(nn.Module):
             ValueError: A shape or the mask does not fit, or the state is that of another module, batch size or dtype.
         """
         check_tokens('x', x, self.dim)
-        check_padding_mask(key_padding_mask, x.shape[:2])
+        check_padding_mask(key_padding_mask, x, x.shape[:2])
         if state is ...:
             if key_padding_mask is None:
                 return self._output(self._run(x, None, keep=False)[0])

@@ -109,7 +109,7 @@ class LongShortAttention1d(nn.Module):
                 to: window_size and rank are 0 and there are no global tokens.
         """
         check_tokens('x', x, self.dim)
-        check_padding_mask(key_padding_mask, x.shape[:2])
+        check_padding_mask(key_padding_mask, x, x.shape[:2])
         if global_tokens is not None:
             check_tokens('global_tokens', global_tokens, self.dim, x.shape[0])
         elif self.window_size == 0 and self.rank == 0:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers import CausalLongShortAttention1d
+from ..layers.checks import check_at_least, embed
 
 
 class FeedForward(nn.Module):
@@ -85,8 +86,14 @@ class LanguageModel(nn.Module):
             gelu: GELU in place of ReLU.
             dropout: Rate after embeddings, attention, feed-forward maps and the last layer.
             attentions: Other attention layers, `depth` of them, called as `CausalLongShortAttention1d` is.
+
+        Raises:
+            ValueError: A size is no whole number of 1 or more, or there are not `depth` attention layers.
         """
         super().__init__()
+        check_at_least(1, vocab_size=vocab_size, dim=dim, depth=depth, hidden_dim=hidden_dim)
+        if attentions is not None and len(attentions) != depth:
+            raise ValueError(f'attentions has {len(attentions)} layers, expected depth {depth} of them.')
         self.dim = dim
         self.in_emb = nn.Embedding(vocab_size, dim)
         self.out_emb = nn.Linear(dim, vocab_size)
@@ -116,8 +123,15 @@ class LanguageModel(nn.Module):
 
         Returns:
             (B, N, V) logits of the token after each, with `states` a pair of that and a state for each layer.
+
+        Raises:
+            ValueError: The tokens are not those of the vocabulary, or the states don't fit.
         """
-        x = self.emb_dropout(self.in_emb(tokens) * self.dim ** 0.5)
+        if states is not ... and states is not None and (
+                not isinstance(states, (list, tuple)) or len(states) != len(self.layers)):
+            found = f'{len(states)} of them' if isinstance(states, (list, tuple)) else f'a {type(states).__name__}'
+            raise ValueError(f'states is {found}, expected None or the list of {len(self.layers)} of an earlier call.')
+        x = self.emb_dropout(embed(self.in_emb, tokens) * self.dim ** 0.5)
         kept = []
         for i, layer in enumerate(self.layers):
             args = {} if key_padding_mask is None else {'key_padding_mask': key_padding_mask}
@@ -151,10 +165,11 @@ class LanguageModel(nn.Module):
         Raises:
             ValueError: There is no token to begin with, a text ends with padding, or count or temperature is negative.
         """
-        if tokens.shape[1] == 0 or count < 0 or temperature < 0:
-            raise ValueError(
-                f'tokens has {tokens.shape[1]} of them, count is {count} and temperature {temperature}, expected 1, 0 '
-                'and 0 or more.')
+        check_at_least(0, count=count)
+        if tokens.dim() != 2 or tokens.shape[1] == 0:
+            raise ValueError(f'tokens has shape {list(tokens.shape)}, expected (batch, 1 or more).')
+        if not 0 <= temperature < float('inf'):
+            raise ValueError(f'temperature is {temperature}, expected 0 or more.')
         if key_padding_mask is not None and key_padding_mask[:, -1].any():
             raise ValueError('key_padding_mask is True for the last token of a text, expected padding on the left.')
         states, new, out = None, tokens, [tokens]

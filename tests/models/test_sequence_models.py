@@ -98,7 +98,7 @@ def test_generate():
     assert torch.equal(out[:, :6], tokens)
     assert torch.equal(out[:, 6:], model(out)[:, 5:-1].argmax(-1))
     assert model.generate(tokens, 3).shape == (2, 9)
-    with pytest.raises(ValueError, match='tokens has 0 of them, count is 1 and temperature'):
+    with pytest.raises(ValueError, match=r'tokens has shape \[2, 0\], expected \(batch, 1 or more\)'):
         model.generate(tokens[:, :0], 1)
 
 
@@ -113,8 +113,47 @@ def test_generate_from_texts_of_different_lengths():
         model.generate(tokens, 1, key_padding_mask=~padding)
 
 
-def test_wrong_arguments():
-    with pytest.raises(ValueError, match="pooling is 'max', expected one of"):
-        SequenceClassifier(2, pooling='max')
+@pytest.mark.parametrize('call,message', [
+    (lambda: SequenceClassifier(2, pooling='max'), "pooling is 'max', expected one of"),
+    (lambda: SequenceClassifier(0), 'num_classes is 0, expected 1 or more'),
+    (lambda: SequenceClassifier(2, vocab_size=5.5), 'vocab_size is 5.5, expected a whole number of 1 or more'),
+    (lambda: SequenceClassifier(2, max_length=0), 'max_length is 0, expected 1 or more'),
+    (lambda: small_language_model(depth=0), 'depth is 0, expected 1 or more'),
+    (lambda: small_language_model(attentions=[]), 'attentions has 0 layers, expected depth 1 of them'),
+])
+def test_wrong_arguments(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def small_language_model(**kwargs):
+    return LanguageModel(**{**dict(
+        vocab_size=9, dim=16, depth=1, num_heads=2, hidden_dim=32, window_size=8, chunk_size=4), **kwargs})
+
+
+@pytest.mark.parametrize('call', [SequenceClassifier(2, vocab_size=9, max_length=8), small_language_model()])
+@pytest.mark.parametrize('tokens,message', [
+    (torch.full((1, 3), 9), 'tokens has numbers from 9 to 9, expected 0 to 8'),
+    (torch.full((1, 3), -1), 'tokens has numbers from -1 to -1, expected 0 to 8'),
+    (torch.ones(3, dtype=torch.long), r'tokens is torch.int64 \[3\], expected whole numbers \(batch, tokens\)'),
+    (torch.ones(1, 3), r'tokens is torch.float32 \[1, 3\], expected whole numbers'),
+    ([[1, 2]], 'tokens is list, expected whole numbers'),
+])
+def test_wrong_tokens(call, tokens, message):
+    with pytest.raises(ValueError, match=message):
+        call(tokens)
+
+
+def test_wrong_calls():
+    tokens = torch.ones(1, 9, dtype=torch.long)
     with pytest.raises(ValueError, match='tokens has 9 of them in a row, expected max_length 8 or fewer'):
-        SequenceClassifier(2, max_length=8)(torch.ones(1, 9, dtype=torch.long))
+        SequenceClassifier(2, max_length=8)(tokens)
+    model = small_language_model()
+    for states, message in (([], '0 of them'), ('ab', 'a str')):
+        with pytest.raises(ValueError, match=f'states is {message}, expected None or the list of 1 of an earlier call'):
+            model(tokens, states=states)
+    for kwargs, message in (
+            (dict(count=1.5), 'count is 1.5, expected a whole number of 0 or more'),
+            (dict(count=1, temperature=float('nan')), 'temperature is nan, expected 0 or more')):
+        with pytest.raises(ValueError, match=message):
+            model.generate(tokens, **kwargs)
