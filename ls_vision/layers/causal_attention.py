@@ -310,7 +310,7 @@ class CausalLongShortAttention1d(nn.Module):
     ) -> Tensor:
         """`_attend` with positional vectors (distances, C), farthest first."""
         heads = (self.num_heads, -1)
-        drop = self.attn_drop.p if self.attn_drop.training and not cpu.is_inactive_dropout(self.attn_drop) else 0.
+        drop = None if cpu.is_inactive_dropout(self.attn_drop) else self.attn_drop
         out = causal_attention(
             query, pair, summaries, positions.unflatten(-1, heads), summary_positions.unflatten(-1, heads),
             self.r_w_bias[0, :, 0, 0], self.r_r_bias[0, :, 0],

@@ -61,7 +61,7 @@ class Embeddings(nn.Module):
         N, limit = tokens.shape[1], self.position_embeddings.num_embeddings
         if limit < N:
             raise ValueError(f'tokens has {N} of them in a row, expected max_length {limit} or fewer.')
-        return self.dropout(words + self.position_embeddings.weight[:N])
+        return self.dropout(words + self.position_embeddings(torch.arange(N, device=tokens.device)))
 
 
 class SequenceEncoder(nn.Module):
@@ -129,7 +129,7 @@ class SequenceEncoder(nn.Module):
         padding = tokens == 0 if key_padding_mask is None else key_padding_mask
         for i in range(self.depth):
             if self.cls_embed is not None and i == (0 if self.pooling == 'cls_token' else self.depth - 1):
-                cls = self.cls_embed.expand(len(x), -1, -1)
+                cls = self.cls_embed.expand(x.shape[0], -1, -1)
             x, cls = getattr(self, f'transformer_{i}')(x, padding, cls)
         if cls is not None:
             return self.norm(cls)[:, 0]

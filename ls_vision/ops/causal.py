@@ -11,7 +11,7 @@ Shapes: B batch, M queries, L tokens before them, h heads, d head width, w windo
 chunk, S summaries; in a block b queries of U chunks, F = w - 1 + b keys and J = S + F logits each, I images.
 """
 import functools
-from typing import List, NamedTuple, Optional, Tuple
+from typing import Callable, List, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +62,7 @@ def causal_attention(
         position_bias: Tensor,
         geometry: CausalGeometry,
         scale: float,
-        dropout_p: float = 0.,
+        drop: Optional[Callable[[Tensor], Tensor]] = None,
         backend: Optional[str] = None,
 ) -> Tensor:
     """softmax([(q + u) k + (q + v) R | q k_s + q R_s]) [values | summarised values], q scaled.
@@ -80,15 +80,15 @@ def causal_attention(
         position_bias: (h, d), v.
         geometry: Who sees whom.
         scale: Factor on the query.
-        dropout_p: Probability of dropping an attention weight; above 0, all weights are held.
+        drop: Dropout of the attention weights, which are then all held; None for none.
         backend: 'reference' (dense) or 'blocked' (lean); by default the former where somebody follows the operations.
 
     Returns:
         (B, M, h, d) in the dtype of the query.
     """
     tensors = (query, pair, summaries, positions, summary_positions, key_bias, position_bias)
-    if backend == 'reference' or dropout_p > 0. or (backend is None and is_followed(*tensors)):
-        return dense_causal_attention(*tensors, geometry, scale, dropout_p)
+    if backend == 'reference' or drop is not None or (backend is None and is_followed(*tensors)):
+        return dense_causal_attention(*tensors, geometry, scale, drop)
     return torch.ops.ls_vision.causal_attention(*tensors, geometry, scale)
 
 
@@ -102,7 +102,7 @@ def dense_causal_attention(
         position_bias: Tensor,
         geometry: CausalGeometry,
         scale: float,
-        dropout_p: float = 0.,
+        drop: Optional[Callable[[Tensor], Tensor]] = None,
 ) -> Tensor:
     """`causal_attention` as plain operations: every query against every key, most of them masked."""
     (w, c, r, start, max_chunks), M = geometry, query.shape[1]
@@ -128,7 +128,8 @@ def dense_causal_attention(
     if max_chunks:
         hidden = hidden | (from_summary >= max_chunks * r)
     chunks = chunks.masked_fill(hidden, float('-inf'))
-    weights = F.dropout(torch.cat([chunks, window], dim=-1).softmax(dim=-1), dropout_p)
+    weights = torch.cat([chunks, window], dim=-1).softmax(dim=-1)
+    weights = weights if drop is None else drop(weights)
     return (weights @ torch.cat([v_s, v], dim=2)).transpose(1, 2).to(query.dtype)
 
 

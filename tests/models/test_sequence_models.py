@@ -1,4 +1,5 @@
 """Models of text: golden values, padding, streaming, wrong input."""
+import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
@@ -111,6 +112,49 @@ def test_generate_from_texts_of_different_lengths():
         assert torch.equal(together[row, first:], model.generate(tokens[row:row + 1, first:], 6, temperature=0)[0])
     with pytest.raises(ValueError, match='key_padding_mask is True for the last token of a text'):
         model.generate(tokens, 1, key_padding_mask=~padding)
+
+
+def test_exported_classifier_of_open_length():
+    model = SequenceClassifier(3, vocab_size=20, max_length=90, window_size=4, rank=3).eval()
+    example = torch.randint(1, 20, (2, 37))
+    program = torch.export.export(
+        model, (example,), dynamic_shapes=({0: torch.export.Dim('B', max=64), 1: torch.export.Dim('N', max=90)},))
+    for shape in ((1, 64), (5, 2), (3, 90)):
+        tokens = torch.randint(0, 20, shape)
+        torch.testing.assert_close(program.module()(tokens), model(tokens))
+
+
+@pytest.mark.slow
+def test_onnx_classifier_of_open_length():
+    model = SequenceClassifier(3, vocab_size=20, max_length=90, window_size=4, rank=3).eval()
+    with torch.no_grad():
+        program = torch.onnx.export(
+            model, (torch.randint(1, 20, (2, 37)),), dynamo=True, opset_version=20, input_names=['tokens'],
+            dynamic_shapes=({0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC},), verbose=False)
+    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
+    for shape in ((1, 64), (5, 2), (3, 90)):
+        tokens = torch.randint(0, 20, shape)
+        found = torch.from_numpy(session.run(None, {'tokens': tokens.numpy()})[0])
+        torch.testing.assert_close(found, model(tokens), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize('model', [
+    SequenceClassifier(2, vocab_size=9, max_length=30, window_size=4, rank=3),
+    LanguageModel(9, 16, 2, 2, 32, window_size=8, chunk_size=4)], ids=['classifier', 'language_model'])
+def test_hooks_on_every_module(model):
+    tokens, called, differentiated, handles = torch.randint(1, 9, (2, 30)), set(), set(), []
+    expected = model(tokens)
+    names = {name for name, module in model.named_modules() if not isinstance(module, torch.nn.ModuleList)}
+    for name, module in model.named_modules():
+        handles += [
+            module.register_forward_hook(lambda *args, name=name: called.add(name)),
+            module.register_full_backward_hook(lambda *args, name=name: differentiated.add(name))]
+    y = model(tokens)
+    y.sum().backward()
+    for handle in handles:
+        handle.remove()
+    assert called == differentiated == names
+    torch.testing.assert_close(y, expected)
 
 
 @pytest.mark.parametrize('call,message', [
