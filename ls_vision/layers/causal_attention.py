@@ -17,7 +17,7 @@ from ..ops.causal import CausalGeometry, causal_attention
 from ..ops.long_range import merge_parts, summarize
 from ..ops.numerics import at_least_float32, to_autocast, to_dtype
 from . import cpu
-from .causal_state import CausalState
+from .causal_state import CausalState, RaggedState
 from .checks import check_at_least, check_choice, check_heads, check_tokens
 from .norm import DualLayerNorm
 from .sequence_attention import keys_and_values
@@ -50,6 +50,7 @@ class CausalLongShortAttention1d(nn.Module):
             chunk_size: int = 16,
             chunk_rank: int = 1,
             summaries: str = 'uniform',
+            max_chunks: Optional[int] = None,
             bias: bool = False,
             clamp_len: int = -1,
             chunk_clamp_len: int = -1,
@@ -68,6 +69,8 @@ class CausalLongShortAttention1d(nn.Module):
             summaries: 'uniform' summarises all chunks alike, so that it makes no difference where a text is cut into
                 calls; 'released' summarises those of earlier calls as the released code does those of its memory:
                 tokens are pooled, then projected. Calls with a state must then be whole chunks.
+            max_chunks: A token sees the summaries of the last so many chunks, so that a state stops growing; None for
+                those of all chunks.
             bias: Add a bias to queries, keys, values and the output.
             clamp_len: Distances between tokens beyond this one are taken for it; -1 for no limit.
             chunk_clamp_len: The same for distances to summaries, counted in summaries.
@@ -86,6 +89,8 @@ class CausalLongShortAttention1d(nn.Module):
         check_at_least(0, chunk_rank=chunk_rank)
         check_at_least(-1, clamp_len=clamp_len, chunk_clamp_len=chunk_clamp_len)
         check_choice('summaries', summaries, SUMMARIES)
+        if max_chunks is not None:
+            check_at_least(1, max_chunks=max_chunks)
         if window_size < chunk_size and chunk_rank > 0 and not self.allows_gap:
             raise ValueError(
                 f'window_size {window_size} is smaller than chunk_size {chunk_size}: tokens of the open chunk that the '
@@ -96,6 +101,7 @@ class CausalLongShortAttention1d(nn.Module):
         self.chunk_size = chunk_size
         self.chunk_rank = chunk_rank
         self.summaries = summaries
+        self.max_chunks = max_chunks
         self.clamp_len = clamp_len
         self.chunk_clamp_len = chunk_clamp_len
         self.scale = (dim // num_heads) ** -0.5
@@ -137,12 +143,12 @@ class CausalLongShortAttention1d(nn.Module):
             key_padding_mask: Optional[Tensor] = None,
             *,
             state: Any = ...,
-    ) -> Union[Tensor, Tuple[Tensor, CausalState]]:
+    ) -> Union[Tensor, Tuple[Tensor, Union[CausalState, RaggedState]]]:
         """
         Args:
             x: (B, N, C), normalised; any N.
-            key_padding_mask: (B, N) bool, True where a token is PADDING, anywhere in a row; only without a state. The
-                outputs are those of each row without its padding.
+            key_padding_mask: (B, N) bool, True where a token is PADDING, anywhere in a row. The outputs are those of
+                each row without its padding. With a state, rows are computed one after the other from then on.
             state: None at the start of a text, or what the call on the tokens before returned. Left out, nothing is
                 kept.
 
@@ -153,17 +159,16 @@ class CausalLongShortAttention1d(nn.Module):
             ValueError: A shape or the mask does not fit, or the state is that of another module, batch size or dtype.
         """
         check_tokens('x', x, self.dim)
-        check_padding_mask(key_padding_mask, x.shape[:2])
+        check_padding_mask(key_padding_mask, x, x.shape[:2])
         if state is ...:
             if key_padding_mask is None:
                 return self._output(self._run(x, None, keep=False)[0])
             return self._forward_padded(x, key_padding_mask)
-        if key_padding_mask is not None:
-            raise ValueError(
-                'key_padding_mask together with a state: the rows of a state advance in step. Leave the mask out, or '
-                'the state.')
         x = to_autocast(x)
         self._check_state(state, x)
+        if isinstance(state, RaggedState) or (key_padding_mask is not None and key_padding_mask.any()):
+            return self._forward_ragged(x, key_padding_mask, state)
+        self._check_whole_chunks(x.shape[1])
         out, new_state = self._run(x, state, keep=True)
         assert new_state is not None
         return self._output(out), new_state
@@ -176,27 +181,54 @@ class CausalLongShortAttention1d(nn.Module):
         out = _rows(out, order.argsort(dim=1))
         return self._output(out.masked_fill(padding.unsqueeze(-1), 0.))
 
+    def _forward_ragged(
+            self,
+            x: Tensor,
+            padding: Optional[Tensor],
+            state: Union[CausalState, RaggedState, None],
+    ) -> Tuple[Tensor, RaggedState]:
+        """Row by row: their chunks begin and end at different places."""
+        padding = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device) if padding is None else padding
+        rows = [None] * x.shape[0] if state is None else state.rows()
+        outputs, states = [], []
+        for tokens, hidden, row in zip(x, padding, rows):
+            place = (~hidden).nonzero().squeeze(1)
+            self._check_whole_chunks(len(place))
+            out, new_state = self._run(tokens[place].unsqueeze(0), row, keep=True)
+            assert new_state is not None
+            outputs.append(torch.zeros_like(tokens).index_copy(0, place, out[0]))
+            states.append(new_state)
+        out = torch.stack(outputs) if outputs else torch.zeros_like(x)
+        return self._output(out), RaggedState(tuple(states))
+
     def _run(self, x: Tensor, state: Optional[CausalState], keep: bool) -> Tuple[Tensor, Optional[CausalState]]:
         """Attention (B, N, C) before the output projection, and the new state where one is to be kept."""
         x = to_autocast(x)
         query, raw, scores = self._project(x)
         pair = self._window_pair(raw)
-        start = 0 if state is None else state.num_tokens
+        num_seen = 0 if state is None else state.num_tokens
         if state is not None:
             pair = torch.cat([state.pair, pair], dim=1)
         finished, open_part = self._pool(raw, scores, state, keep)
         known = pair.new_empty(x.shape[0], 0, *pair.shape[2:]) if state is None else state.summaries
         summaries = known if finished is None else torch.cat([known, finished], dim=1)
-        out = self._attend(query, pair, summaries, start)
+        out = self._attend(query, pair, summaries, self._start(known, num_seen))
         if not keep:
             return out, None
         if self.summaries == 'released' and scores is not None:
             summaries = torch.cat([known, self._remembered_summaries(x, scores)], dim=1)
+        if self.max_chunks is not None:
+            summaries = _last(summaries, self.max_chunks * self.chunk_rank)
         sums, lse = (None, None) if open_part is None else open_part
-        recent = pair[:, max(pair.shape[1] - (self.window_size - 1), 0):]
-        if pair.shape[1] > 2 * self.window_size:
-            recent = recent.clone()  # a view would keep the keys and values of all tokens
-        return out, CausalState(start + x.shape[1], recent, summaries, sums, lse, self._number)
+        recent = _last(pair, self.window_size - 1)
+        return out, CausalState(num_seen + x.shape[1], recent, summaries, sums, lse, self._number)
+
+    def _start(self, known: Tensor, num_seen: int) -> int:
+        """Number of the first query, counted from the first chunk whose summaries (B, S, 2, h, d) are known."""
+        if self.chunk_rank == 0:
+            return num_seen
+        dropped = num_seen // self.chunk_size - known.shape[1] // self.chunk_rank
+        return num_seen - dropped * self.chunk_size
 
     def _project(self, x: Tensor) -> Tuple[Tensor, Tensor, Optional[Tensor]]:
         """Queries (B, N, h, d), keys and values (B, N, 2, h, d), not normalised, and scores (B, N, h, r)."""
@@ -278,40 +310,52 @@ class CausalLongShortAttention1d(nn.Module):
     ) -> Tensor:
         """`_attend` with positional vectors (distances, C), farthest first."""
         heads = (self.num_heads, -1)
-        drop = self.attn_drop.p if self.attn_drop.training and not cpu.is_inactive_dropout(self.attn_drop) else 0.
+        drop = None if cpu.is_inactive_dropout(self.attn_drop) else self.attn_drop
         out = causal_attention(
             query, pair, summaries, positions.unflatten(-1, heads), summary_positions.unflatten(-1, heads),
             self.r_w_bias[0, :, 0, 0], self.r_r_bias[0, :, 0],
-            CausalGeometry(self.window_size, self.chunk_size, self.chunk_rank, start), self.scale, drop)
+            CausalGeometry(self.window_size, self.chunk_size, self.chunk_rank, start, self.max_chunks or 0),
+            self.scale, drop)
         return out.flatten(2)
 
     def _output(self, x: Tensor) -> Tensor:
         return self.proj_drop(cpu.linear(self.proj_out, x))
 
     def _check_state(self, state: Any, x: Tensor) -> None:
-        if state is not None:
-            if not isinstance(state, CausalState):
-                raise ValueError(f'state is a {type(state).__name__}, expected None or the state of an earlier call.')
-            if state.owner != self._number:
-                raise ValueError(
-                    'state is that of another module: each layer has one of its own, and a copy of a module starts '
-                    'with None.')
-            if state.pair.shape[0] != x.shape[0]:
-                raise ValueError(
-                    f'state has a batch of {state.pair.shape[0]}, x one of {x.shape[0]}; `state.reorder` picks rows.')
-            if state.pair.dtype != x.dtype or state.pair.device != x.device:
-                raise ValueError(
-                    f'state is {state.pair.dtype} on {state.pair.device} and x {x.dtype} on {x.device}, expected the '
-                    'same.')
-        if self.summaries == 'released' and self.chunk_rank > 0 and x.shape[1] % self.chunk_size:
+        if state is None:
+            return
+        if not isinstance(state, (CausalState, RaggedState)):
+            raise ValueError(f'state is a {type(state).__name__}, expected None or the state of an earlier call.')
+        rows = (state,) if isinstance(state, CausalState) else state.states
+        batch = state.pair.shape[0] if isinstance(state, CausalState) else len(rows)
+        if any(row.owner != self._number for row in rows):
             raise ValueError(
-                f"x has {x.shape[1]} tokens, with summaries='released' and a state expected a multiple of chunk_size "
+                'state is that of another module: each layer has one of its own, and a copy of a module starts with '
+                'None.')
+        if batch != x.shape[0]:
+            raise ValueError(f'state has a batch of {batch}, x one of {x.shape[0]}; `state.reorder` picks rows.')
+        for row in rows:
+            if row.pair.dtype != x.dtype or row.pair.device != x.device:
+                raise ValueError(
+                    f'state is {row.pair.dtype} on {row.pair.device} and x {x.dtype} on {x.device}, expected the same.')
+
+    def _check_whole_chunks(self, num_tokens: int) -> None:
+        if self.summaries == 'released' and self.chunk_rank > 0 and num_tokens % self.chunk_size:
+            raise ValueError(
+                f"x has {num_tokens} tokens, with summaries='released' and a state expected a multiple of chunk_size "
                 f"{self.chunk_size}; summaries='uniform' takes any number.")
 
     def extra_repr(self) -> str:
         return (
             f'dim={self.dim}, num_heads={self.num_heads}, window_size={self.window_size}, '
-            f'chunk_size={self.chunk_size}, chunk_rank={self.chunk_rank}, summaries={self.summaries!r}')
+            f'chunk_size={self.chunk_size}, chunk_rank={self.chunk_rank}, summaries={self.summaries!r}, '
+            f'max_chunks={self.max_chunks}')
+
+
+def _last(x: Tensor, count: int) -> Tensor:
+    """The last `count` tokens or summaries of (B, N, ...), without keeping much more than them in memory."""
+    last = x[:, max(x.shape[1] - count, 0):]
+    return last.clone() if x.shape[1] > 2 * (count + 1) else last
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:

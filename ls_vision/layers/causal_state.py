@@ -4,7 +4,8 @@ Shapes: B batch, C channels, h heads, d = C / h, w window size, r summaries of a
 chunks.
 """
 from dataclasses import dataclass, replace
-from typing import Any, Callable, Optional
+from operator import itemgetter
+from typing import Any, Callable, List, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -38,9 +39,7 @@ class CausalState:
         Raises:
             ValueError: The index is not one row of integers.
         """
-        if not isinstance(index, Tensor) or index.dim() != 1 or index.dtype not in (torch.int32, torch.int64):
-            found = f'{index.dtype} {list(index.shape)}' if isinstance(index, Tensor) else type(index).__name__
-            raise ValueError(f'index is {found}, expected a tensor of integers (batch,).')
+        _check_index(index, self.pair.shape[0])
         return self._map(lambda t: t.index_select(0, index.to(t.device)))
 
     def detach(self) -> 'CausalState':
@@ -52,7 +51,50 @@ class CausalState:
         """Bytes of all tensors."""
         return sum(t.nbytes for t in (self.pair, self.summaries, self.open_sums, self.open_lse) if t is not None)
 
+    def rows(self) -> Tuple['CausalState', ...]:
+        """A state of its own for each row of the batch."""
+        return tuple(self._map(itemgetter(slice(i, i + 1))) for i in range(self.pair.shape[0]))
+
     def _map(self, function: Callable[[Tensor], Tensor]) -> 'CausalState':
         changes: Any = {
             name: function(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class RaggedState:
+    """The states of texts of different lengths, which came with a padding mask; used as `CausalState` is."""
+    states: Tuple[CausalState, ...]
+    """One of a batch of 1 for each row."""
+
+    @property
+    def num_tokens(self) -> List[int]:
+        """Tokens seen, of each row."""
+        return [state.num_tokens for state in self.states]
+
+    def rows(self) -> Tuple[CausalState, ...]:
+        """A state of its own for each row of the batch."""
+        return self.states
+
+    def reorder(self, index: Tensor) -> 'RaggedState':
+        """As `CausalState.reorder`."""
+        _check_index(index, len(self.states))
+        return RaggedState(tuple(self.states[i] for i in index.tolist()))
+
+    def detach(self) -> 'RaggedState':
+        """As `CausalState.detach`."""
+        return RaggedState(tuple(state.detach() for state in self.states))
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(state.num_bytes for state in self.states)
+
+
+def _check_index(index: Any, batch: int) -> None:
+    if not isinstance(index, Tensor) or index.dim() != 1 or index.dtype not in (torch.int32, torch.int64):
+        found = f'{index.dtype} {list(index.shape)}' if isinstance(index, Tensor) else type(index).__name__
+        raise ValueError(f'index is {found}, expected a tensor of integers (batch,).')
+    wrong = index[(index < 0) | (index >= batch)]
+    if wrong.numel():
+        raise ValueError(f'index has {wrong[0].item()}, expected rows 0 to {batch - 1} of the batch.')

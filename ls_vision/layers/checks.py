@@ -2,12 +2,14 @@
 from numbers import Integral
 from typing import Any, Optional, Sequence, Tuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 
 def check_heads(dim: int, num_heads: int) -> None:
     """Raises ValueError where channels can't be divided among heads."""
-    if num_heads < 1 or dim % num_heads:
+    check_at_least(1, dim=dim, num_heads=num_heads)
+    if dim % num_heads:
         raise ValueError(f'dim {dim} is not divisible by num_heads {num_heads}.')
 
 
@@ -40,3 +42,20 @@ def check_tokens(name: str, x: Any, dim: int, batch: Optional[int] = None) -> No
     if shape is None or len(shape) != 3 or shape[2] != dim or (batch is not None and shape[0] != batch):
         found = f'type {type(x).__name__}' if shape is None else f'shape {shape}'
         raise ValueError(f'{name} has {found}, expected ({"batch" if batch is None else batch}, tokens, {dim}).')
+
+
+def embed(embedding: nn.Embedding, tokens: Any) -> Tensor:
+    """`embedding(tokens)`, (B, N) -> (B, N, C).
+
+    Raises:
+        ValueError: The tokens are no (batch, tokens) of whole numbers, or not those of the vocabulary.
+    """
+    if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.dtype not in (torch.int32, torch.int64):
+        found = f'{tokens.dtype} {list(tokens.shape)}' if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise ValueError(f'tokens is {found}, expected whole numbers (batch, tokens) of type int64 or int32.')
+    try:
+        return embedding(tokens)
+    except IndexError:
+        raise ValueError(
+            f'tokens has numbers from {tokens.min()} to {tokens.max()}, expected 0 to '
+            f'{embedding.num_embeddings - 1}.') from None

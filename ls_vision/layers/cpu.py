@@ -76,6 +76,11 @@ def split_linear(module: nn.Linear, x: Tensor, parts: Sequence[int]) -> Sequence
     return [split[i].contiguous() if copies else split[i] for i in range(len(parts))]
 
 
+def dense(x: Tensor) -> Tensor:
+    """x, on the CPU and for tracers as a contiguous tensor; kernels of GPUs read any strides."""
+    return x if isinstance(x, Tensor) and x.device.type != 'cpu' else x.contiguous()
+
+
 def _takes_onednn(x: Tensor) -> bool:
     return bool(
         _HAS_ONEDNN and is_plain_inference(x) and x.device.type == 'cpu' and x.dtype == torch.float32

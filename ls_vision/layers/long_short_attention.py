@@ -276,6 +276,7 @@ class LongShortAttention2d(nn.Module):
         q, kv = q.reshape(B, L, h, d), kv.reshape(B, L, 2, h, d)
         if scores is not None:
             scores = scores.transpose(1, 2).reshape(B, h, scores.shape[-1] // h, H * W)  # no -1: B may be 0
+            scores = cpu.dense(scores)  # summarised in the same order as ever, to the last bit
         if g == 0:
             return q.reshape(B, H, W, h, d), q[:, :0], kv.reshape(B, H, W, 2, h, d), kv[:, :0], scores
         # split, not sliced: the gradients of two slices would be padded and added

@@ -109,7 +109,7 @@ class LongShortAttention1d(nn.Module):
                 to: window_size and rank are 0 and there are no global tokens.
         """
         check_tokens('x', x, self.dim)
-        check_padding_mask(key_padding_mask, x.shape[:2])
+        check_padding_mask(key_padding_mask, x, x.shape[:2])
         if global_tokens is not None:
             check_tokens('global_tokens', global_tokens, self.dim, x.shape[0])
         elif self.window_size == 0 and self.rank == 0:
@@ -120,22 +120,29 @@ class LongShortAttention1d(nn.Module):
         query, pair, scores = self._project(to_autocast(x))
         if padding is not None:
             # a sequence of padding alone is summarised as 0, and the convolution sees no value of padding
-            pair = pair.masked_fill(padding[:, :, None, None, None], 0.)
+            pair = pair.masked_fill(padding[:, None, :, None, None, None], 0.)
         q_global, own = self._project_global(global_tokens)
         out = self._attend(query, pair, self._additional(pair, own, scores, padding), padding)  # (B, N, h, d)
         out_global = None
         if q_global is not None and own is not None:
             out_global, _ = attend_globally(q_global, own, out.unsqueeze(2), self.scale, padding=padding)
         if self.conv is not None:
-            out = out + self.conv(pair[:, :, 1].transpose(1, 2)).transpose(1, 2)
+            out = out + self.conv(pair[:, 0, :, 1].transpose(1, 2)).transpose(1, 2)
         y = self._output(out)
         return y if out_global is None else (y, self._output(out_global))
 
     def _project(self, x: Tensor) -> Tuple[Tensor, Tensor, Optional[Tensor]]:
-        """Queries (B, N, h, d), normalised keys and values (B, N, 2, h, d), and scores (B, h, r, N) of (B, N, C)."""
+        """From tokens (B, N, C) to everything that attends and is attended to, as a grid of one row.
+
+        Returns:
+            query: (B, 1, N, h, d).
+            pair: (B, 1, N, 2, h, d), normalised keys and values. The window takes it as it is: the first of the
+                gradients that autograd adds up for it must be no view, or their sum would be a third tensor.
+            scores: (B, h, r, N); None with rank 0.
+        """
         h = self.num_heads
-        q = cpu.linear(self.W_q, x).unflatten(-1, (h, -1))
-        kv = self.dual_ln_l(keys_and_values(self.W_k, self.W_v, x)).unflatten(-1, (h, -1))
+        q = cpu.linear(self.W_q, x).unflatten(-1, (h, -1)).unsqueeze(1)
+        kv = self.dual_ln_l(keys_and_values(self.W_k, self.W_v, x)).unflatten(-1, (h, -1)).unsqueeze(1)
         scores = None
         if self.rank > 0 and self.dconv_fc is not None:
             scores = cpu.linear(self.dconv_fc, x).transpose(1, 2).unflatten(1, (h, -1))
@@ -156,12 +163,12 @@ class LongShortAttention1d(nn.Module):
             padding: Optional[Tensor],
     ) -> Optional[Tensor]:
         """(B, M, 2, h, d), keys and values that every token sees: g global tokens, then r summaries."""
-        h, d = pair.shape[3:]
+        h, d = pair.shape[4:]
         parts = [] if own is None else [own]
         if scores is not None:
             if padding is not None:
                 scores = scores.masked_fill(padding[:, None, None], masked_logit(scores.dtype))
-            sums, _ = summarize(scores, pair)  # (B, h, r, 2, d)
+            sums, _ = summarize(scores, pair.flatten(1, 2))  # (B, h, r, 2, d)
             parts.append(sums.permute(0, 2, 3, 1, 4))  # (B, r, 2, h, d)
         if not parts:
             return None
@@ -176,8 +183,6 @@ class LongShortAttention1d(nn.Module):
             padding: Optional[Tensor],
     ) -> Tensor:
         """(B, N, h, d), the attention of tokens to their windows and the additional keys."""
-        # a grid of one row
-        query, pair = query.unsqueeze(1), pair.unsqueeze(1)
         padding = None if padding is None else padding.unsqueeze(1)
         if cpu.is_inactive_dropout(self.attn_drop):
             out, _ = attend(query, pair, self._window(), additional, None, self.scale, padding=padding)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import LongShortAttention1d
-from ..layers.checks import check_choice
+from ..layers.checks import check_at_least, check_choice, embed
 
 POOLINGS = ('cls_last_layer', 'cls_token', 'mean')
 
@@ -57,10 +57,11 @@ class Embeddings(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, N) -> (B, N, C)."""
+        words = embed(self.word_embeddings, tokens)
         N, limit = tokens.shape[1], self.position_embeddings.num_embeddings
         if limit < N:
             raise ValueError(f'tokens has {N} of them in a row, expected max_length {limit} or fewer.')
-        return self.dropout(self.word_embeddings(tokens) + self.position_embeddings.weight[:N])
+        return self.dropout(words + self.position_embeddings(torch.arange(N, device=tokens.device)))
 
 
 class SequenceEncoder(nn.Module):
@@ -98,10 +99,11 @@ class SequenceEncoder(nn.Module):
             attention: Makes another attention layer, called as `LongShortAttention1d` is.
 
         Raises:
-            ValueError: The pooling is unknown.
+            ValueError: The pooling is unknown or a size is no whole number of 1 or more.
         """
         super().__init__()
         check_choice('pooling', pooling, POOLINGS)
+        check_at_least(1, vocab_size=vocab_size, max_length=max_length, depth=depth, hidden_dim=hidden_dim)
         self.depth, self.pooling = depth, pooling
         self.embeddings = Embeddings(vocab_size, max_length, dim, dropout)
         self.cls_embed = None if pooling == 'mean' else nn.Parameter(torch.zeros(1, 1, dim))
@@ -121,13 +123,13 @@ class SequenceEncoder(nn.Module):
             (B, C).
 
         Raises:
-            ValueError: A text is too long.
+            ValueError: A text is too long, or the tokens are not those of the vocabulary.
         """
-        padding = tokens == 0 if key_padding_mask is None else key_padding_mask
         x, cls = self.embeddings(tokens), None
+        padding = tokens == 0 if key_padding_mask is None else key_padding_mask
         for i in range(self.depth):
             if self.cls_embed is not None and i == (0 if self.pooling == 'cls_token' else self.depth - 1):
-                cls = self.cls_embed.expand(len(x), -1, -1)
+                cls = self.cls_embed.expand(x.shape[0], -1, -1)
             x, cls = getattr(self, f'transformer_{i}')(x, padding, cls)
         if cls is not None:
             return self.norm(cls)[:, 0]
@@ -139,6 +141,7 @@ class ClassifierHead(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int, num_classes: int):
         super().__init__()
+        check_at_least(1, num_classes=num_classes)
         self.mlpblock = nn.Sequential(nn.Linear(dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, num_classes))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ def long_short_attention(
     """
     window = make_window(window_size)
     check_attention_args(query, key, value, window, additional_keys, additional_values, bias)
-    check_padding_mask(key_padding_mask, query.shape[:3])
+    check_padding_mask(key_padding_mask, query, query.shape[:3])
     if dropout_p > 0. and return_lse:
         raise ValueError(f'dropout_p is {dropout_p}, expected 0 with return_lse.')
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -269,8 +269,8 @@ def check_attention_args(
             raise ValueError(f'bias has shape {list(bias.shape)}, expected (heads, queries, keys) = {expected}.')
 
 
-def check_padding_mask(mask: Optional[Tensor], shape: Sequence[int]) -> None:
-    """Raises ValueError where a padding mask is no tensor of bools of that shape."""
+def check_padding_mask(mask: Optional[Tensor], x: Tensor, shape: Sequence[int]) -> None:
+    """Raises ValueError where a padding mask of x is no tensor of bools of that shape on its device."""
     if mask is None:
         return
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
@@ -280,3 +280,5 @@ def check_padding_mask(mask: Optional[Tensor], shape: Sequence[int]) -> None:
             'tokens, as `attention_mask` of transformers, becomes one by `mask == 0`.')
     if mask.shape != torch.Size(shape):
         raise ValueError(f'key_padding_mask has shape {list(mask.shape)}, expected {list(shape)}, one entry per token.')
+    if mask.device != x.device:
+        raise ValueError(f'key_padding_mask is on {mask.device}, expected {x.device} as the tokens.')

@@ -11,7 +11,7 @@ Shapes: B batch, M queries, L tokens before them, h heads, d head width, w windo
 chunk, S summaries; in a block b queries of U chunks, F = w - 1 + b keys and J = S + F logits each, I images.
 """
 import functools
-from typing import List, NamedTuple, Optional, Tuple
+from typing import Callable, List, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -38,9 +38,17 @@ class CausalGeometry(NamedTuple):
     """r, summaries of a chunk."""
     start: int
     """Number of the first query."""
+    max_chunks: int = 0
+    """Chunks before its own whose summaries a query sees, the nearest ones; 0 for all."""
+
+    def num_hidden(self, query: int) -> int:
+        """Summaries that are too old for a query, by its number among those of the call."""
+        if self.max_chunks == 0:
+            return 0
+        return max((self.start + query) // self.chunk_size - self.max_chunks, 0) * self.rank
 
     def num_visible(self, last_query: int) -> int:
-        """Summaries that a query sees, by its number among those of the call."""
+        """Summaries that exist for a query, by its number among those of the call."""
         return max(self.start + last_query, 0) // self.chunk_size * self.rank  # a call may have no query
 
 
@@ -54,7 +62,7 @@ def causal_attention(
         position_bias: Tensor,
         geometry: CausalGeometry,
         scale: float,
-        dropout_p: float = 0.,
+        drop: Optional[Callable[[Tensor], Tensor]] = None,
         backend: Optional[str] = None,
 ) -> Tensor:
     """softmax([(q + u) k + (q + v) R | q k_s + q R_s]) [values | summarised values], q scaled.
@@ -72,15 +80,15 @@ def causal_attention(
         position_bias: (h, d), v.
         geometry: Who sees whom.
         scale: Factor on the query.
-        dropout_p: Probability of dropping an attention weight; above 0, all weights are held.
+        drop: Dropout of the attention weights, which are then all held; None for none.
         backend: 'reference' (dense) or 'blocked' (lean); by default the former where somebody follows the operations.
 
     Returns:
         (B, M, h, d) in the dtype of the query.
     """
     tensors = (query, pair, summaries, positions, summary_positions, key_bias, position_bias)
-    if backend == 'reference' or dropout_p > 0. or (backend is None and is_followed(*tensors)):
-        return dense_causal_attention(*tensors, geometry, scale, dropout_p)
+    if backend == 'reference' or drop is not None or (backend is None and is_followed(*tensors)):
+        return dense_causal_attention(*tensors, geometry, scale, drop)
     return torch.ops.ls_vision.causal_attention(*tensors, geometry, scale)
 
 
@@ -94,10 +102,10 @@ def dense_causal_attention(
         position_bias: Tensor,
         geometry: CausalGeometry,
         scale: float,
-        dropout_p: float = 0.,
+        drop: Optional[Callable[[Tensor], Tensor]] = None,
 ) -> Tensor:
     """`causal_attention` as plain operations: every query against every key, most of them masked."""
-    (w, c, r, start), M = geometry, query.shape[1]
+    (w, c, r, start, max_chunks), M = geometry, query.shape[1]
     statistics = statistics_dtype(query)
     q = query.to(statistics).transpose(1, 2) * scale  # (B, h, M, d)
     k, v = pair.to(statistics).permute(2, 0, 3, 1, 4).unbind(0)  # (B, h, L + M, d)
@@ -116,8 +124,12 @@ def dense_causal_attention(
     window = (q + u) @ k.transpose(-2, -1) + _look_up((q + v_bias) @ by_distance, w - 1 - distance.clamp(0, w - 1))
     window = window.masked_fill((distance < 0) | (distance >= w), float('-inf'))
     chunks = q @ k_s.transpose(-2, -1) + _look_up(q @ by_summary, S - 1 - from_summary.clamp(min=0))
-    chunks = chunks.masked_fill(from_summary < 0, float('-inf'))
-    weights = F.dropout(torch.cat([chunks, window], dim=-1).softmax(dim=-1), dropout_p)
+    hidden = from_summary < 0
+    if max_chunks:
+        hidden = hidden | (from_summary >= max_chunks * r)
+    chunks = chunks.masked_fill(hidden, float('-inf'))
+    weights = torch.cat([chunks, window], dim=-1).softmax(dim=-1)
+    weights = weights if drop is None else drop(weights)
     return (weights @ torch.cat([v_s, v], dim=2)).transpose(1, 2).to(query.dtype)
 
 
@@ -155,11 +167,13 @@ class Block:
     """One piece of some sequences: where its keys are, and its tiles."""
 
     def __init__(self, piece: Piece, images: slice, geometry: CausalGeometry, query: Tensor, pair: Tensor):
-        w, _, r, _ = geometry
+        w, r, self.geometry = geometry.window_size, geometry.rank, geometry
         self.images, self.rows = images, slice(piece.start, piece.start + piece.size)
         self.b, self.U = piece.size, piece.size // piece.rows
         self.chunk_rows, self.r, self.w = piece.rows, r, w
-        self.S = geometry.num_visible(piece.start + piece.size - 1)
+        self.summaries = slice(
+            geometry.num_hidden(piece.start), geometry.num_visible(piece.start + piece.size - 1))
+        self.S = self.summaries.stop - self.summaries.start
         self.F = w - 1 + self.b
         stop = pair.shape[1] - query.shape[1] + piece.start + piece.size
         self.keys = slice(max(stop - self.F, 0), stop)
@@ -205,14 +219,17 @@ class Block:
             (self.b * width, self.chunk_rows * width - self.r, width, 1),
             positional.storage_offset() + (self.U - 1) * self.r)
 
-    def hide_late_summaries(self, logits: Tensor) -> None:
-        """Masks the summaries of chunks that are not finished before a query's own begins."""
+    def hide_summaries(self, logits: Tensor) -> None:
+        """Masks the summaries of chunks that are not finished before a query's own begins, or too old for it."""
         late = (self.U - 1) * self.r
         if late:
             step = torch.arange(self.U, device=logits.device)[:, None, None] * self.r
             hidden = torch.arange(late, device=logits.device) >= step  # (U, 1, late)
             by_chunk = logits.view(-1, self.U, self.chunk_rows, self.J)
             by_chunk[..., self.S - late:self.S].masked_fill_(hidden, float('-inf'))
+            for chunk in range(1, self.U if self.geometry.max_chunks else 1):
+                old = self.geometry.num_hidden(self.rows.start + chunk * self.chunk_rows) - self.summaries.start
+                by_chunk[:, chunk, :, :old] = float('-inf')
 
 
 class Positions(NamedTuple):
@@ -227,7 +244,7 @@ class Positions(NamedTuple):
     position_bias: Tensor
 
     def of_summaries(self, block: Block) -> Tensor:
-        """(h, S + (U - 1) * r, d) of a block's S."""
+        """(h, S + (U - 1) * r, d) of a block's S, which are the last ones."""
         return self.summaries[:, self.num_summaries - block.S:self.num_summaries + (block.U - 1) * block.r]
 
 
@@ -256,7 +273,8 @@ def _blocks(query: Tensor, pair: Tensor, geometry: CausalGeometry) -> List[Block
     blocks = []
     B, M, h, _ = query.shape
     for piece in reversed(causal_pieces(M, geometry)):
-        width = geometry.num_visible(piece.start + piece.size - 1) + geometry.window_size + piece.size
+        seen = geometry.num_visible(piece.start + piece.size - 1) - geometry.num_hidden(piece.start)
+        width = seen + geometry.window_size + piece.size
         images = max(BLOCK_LOGITS // (h * piece.size * width), 1)
         blocks += [Block(piece, part, geometry, query, pair) for part in slices(B, images)]
     return blocks
@@ -282,7 +300,7 @@ def _fill_tiles(block: Block, query: Tensor, pair: Tensor, summaries: Tensor, at
         torch.add(block.by_head(q), bias, out=block.take(kind, shape=(block.h, block.I * block.b, block.d)))
         for kind, bias in (('q key', at.key_bias), ('q position', at.position_bias)))
     k, v = block.tiles('window', pair[block.images, block.keys])
-    k_summary, v_summary = block.tiles('summary', summaries[block.images, :S])
+    k_summary, v_summary = block.tiles('summary', summaries[block.images, block.summaries])
 
     p = block.take('p', shape=(block.h * block.I, block.b, block.J)).fill_(float('-inf'))
     band = _product(block, 'band', q_position, at.window.transpose(1, 2))  # (h, I * b, w)
@@ -293,7 +311,7 @@ def _fill_tiles(block: Block, query: Tensor, pair: Tensor, summaries: Tensor, at
         dots = _product(block, 'dots', q, k_summary.transpose(1, 2)).view(-1, block.U, block.chunk_rows, S)
         steps = _product(block, 'steps', block.by_head(q), at.of_summaries(block).transpose(1, 2))
         torch.add(dots, block.steps(steps), out=p.view(-1, block.U, block.chunk_rows, block.J)[..., :S])
-        block.hide_late_summaries(p)
+        block.hide_summaries(p)
     torch.softmax(p, dim=-1, out=p)
     return Tiles(q, q_key.view_as(q), q_position.view_as(q), k, v, k_summary, v_summary, p)
 
@@ -385,7 +403,7 @@ def _differentiate_weights(
     if S:
         ds[..., :S] = _product(block, 'dots', do, tiles.v_summary.transpose(1, 2))
         dv = _product(block, 'dv', p[..., :S].transpose(1, 2), do)
-        grad_summaries[block.images, :S, 1].add_(block.raster(dv))
+        grad_summaries[block.images, block.summaries, 1].add_(block.raster(dv))
     return torch.ops.aten._softmax_backward_data.out(ds, p, -1, p.dtype, grad_input=ds)
 
 
@@ -415,7 +433,7 @@ def _differentiate_logits(
     if S:
         torch.baddbmm(dq, ds[..., :S], tiles.k_summary, out=dq)
         dk = _product(block, 'dk', ds[..., :S].transpose(1, 2), q)
-        grad_summaries[block.images, :S, 0].add_(block.raster(dk))
+        grad_summaries[block.images, block.summaries, 0].add_(block.raster(dk))
         vectors = at.of_summaries(block)
         steps = block.take('steps', shape=(block.h, block.I * block.b, vectors.shape[1])).zero_()
         block.steps(steps).copy_(ds[..., :S].view(-1, block.U, block.chunk_rows, S))
@@ -453,7 +471,7 @@ def _forward_flops(query, pair, summaries, positions, summary_positions, key_bia
                    **kwargs) -> int:
     """2 per multiply-add: content, positions and values of w tokens and of the summaries that each query sees."""
     (B, M, h, d), shape = query, CausalGeometry(*geometry)
-    seen = sum(shape.num_visible(i) for i in range(M))
+    seen = sum(shape.num_visible(i) - shape.num_hidden(i) for i in range(M))
     return 2 * 3 * B * h * d * (M * shape.window_size + seen)
 
 

@@ -24,6 +24,8 @@ from .joint_heads import float16_scale
 from .numerics import at_least_float32, statistics_dtype, to_dtype
 from .plain_long_range import attend_plainly, global_logits, token_weights, weighted_sums
 
+SHORTEST_IN_PLACE = 1024  # tokens; the products of many short sequences are faster on copies, all in one call
+
 
 def merge_parts(parts: Sequence[Tuple[Tensor, Tensor]]) -> Tuple[Tensor, Tensor]:
     """Merges softmax-weighted sums over parts of the tokens into the sum over all of them.
@@ -81,12 +83,23 @@ def _summarize(weights: Tensor, tokens: Tensor) -> Tensor:
     (B, h, r, _), (n, d) = weights.shape, (tokens.shape[2], tokens.shape[4])
     if tokens.device.type != 'cpu':
         return joint_heads.summarize(weights, tokens)
-    x = tokens.permute(0, 2, 3, 1, 4)  # (B, n, h, N, d)
+    if _are_multiplied_in_place(weights):
+        sums = tokens.new_empty(n, h, B, r, d)
+        for head in range(h):
+            for kind in range(n):
+                torch.bmm(weights[:, head], tokens[:, :, kind, head], out=sums[kind, head])
+        return sums.permute(2, 0, 1, 3, 4).contiguous()
+    weights, x = weights.contiguous(), tokens.permute(0, 2, 3, 1, 4)  # (B, n, h, N, d)
     out = tokens.new_empty(B, n, h, r, d)
     for i in image_chunks(B, tokens.shape[1] * h * d):
         for kind in range(n):
             out[i, kind] = weights[i] @ x[i, kind]
     return out
+
+
+def _are_multiplied_in_place(weights: Tensor) -> bool:
+    """Whether products read long sequences, token by token, where they lie: the heads of an image at a time."""
+    return weights.stride(-1) != 1 and weights.shape[-1] >= SHORTEST_IN_PLACE
 
 
 @_summarize.register_fake
@@ -96,13 +109,27 @@ def _(weights, tokens):
 
 @torch.library.custom_op('ls_vision::summarize_backward', mutates_args=())
 def _summarize_backward(grad: Tensor, weights: Tensor, tokens: Tensor) -> Tuple[Tensor, Tensor]:
-    """Gradients of the weights and of the tokens."""
+    """Gradients of the weights, which lie in memory as these do, and of the tokens."""
     (B, h, r, N), (n, d) = weights.shape, (tokens.shape[2], tokens.shape[4])
     if tokens.device.type != 'cpu':
-        return joint_heads.summarize_backward(grad, weights, tokens)
+        grad_weights, grad_tokens = joint_heads.summarize_backward(grad, weights, tokens)
+        return _laid_out_as(weights, grad_weights), grad_tokens
+    grad_tokens = tokens.new_empty(tokens.shape)
+    if _are_multiplied_in_place(weights):
+        grad_weights = torch.empty_like(weights)
+        for head in range(h):
+            by_token = weights[:, head].transpose(1, 2), grad_weights[:, head].transpose(1, 2)  # (B, N, r)
+            for kind in range(n):
+                of_sum = grad[:, kind, head]  # (B, r, d)
+                torch.bmm(by_token[0], of_sum, out=grad_tokens[:, :, kind, head])
+                torch.baddbmm(
+                    by_token[1], tokens[:, :, kind, head], of_sum.transpose(1, 2), beta=float(kind > 0),
+                    out=by_token[1])
+        return grad_weights, grad_tokens
     x = tokens.permute(0, 2, 3, 4, 1)  # (B, n, h, d, N)
     grad = grad.contiguous()  # (B, n, h, r, d)
-    grad_weights, grad_tokens = weights.new_empty(weights.shape), tokens.new_empty(tokens.shape)
+    layout, weights = weights, weights.contiguous()
+    grad_weights = weights.new_empty(weights.shape)
     for i in image_chunks(B, N * n * h * d):
         out = grad_weights[i].flatten(0, 1)  # (images * h, r, N), as below
         for kind in range(n):
@@ -111,12 +138,17 @@ def _summarize_backward(grad: Tensor, weights: Tensor, tokens: Tensor) -> Tuple[
         both = grad[i].permute(0, 2, 3, 1, 4).reshape(-1, h, r, n * d)
         product = weights[i].transpose(2, 3) @ both  # (images, h, N, n * d)
         grad_tokens[i].copy_(product.view(product.shape[0], h, N, n, d).permute(0, 2, 3, 1, 4))
-    return grad_weights, grad_tokens
+    return _laid_out_as(layout, grad_weights), grad_tokens
+
+
+def _laid_out_as(x: Tensor, y: Tensor) -> Tensor:
+    """y with the strides of x: the softmax in front takes its gradient in the order of its result."""
+    return y if x.is_contiguous() else torch.empty_like(x).copy_(y)
 
 
 @_summarize_backward.register_fake
 def _(grad, weights, tokens):
-    return weights.new_empty(weights.shape), tokens.new_empty(tokens.shape)
+    return torch.empty_like(weights), tokens.new_empty(tokens.shape)
 
 
 def _setup_summarize(ctx, inputs, output) -> None:

@@ -131,7 +131,7 @@ def window_query_index(feat_size: Tuple[int, int], window: Window, device: torch
     col = torch.arange(W, device=device)[None, :]
     number = (row // window.rows) * nW + col // window.cols  # (H, W)
     to_raster = (number * window.rows + row % window.rows) * window.cols + col % window.cols
-    return to_windows.reshape(-1, window.rows * window.cols), to_raster.flatten()
+    return _in_list(to_windows), to_raster.flatten()
 
 
 def window_key_index(feat_size: Tuple[int, int], window: Window, device: torch.device) -> Tuple[Tensor, Tensor]:
@@ -154,8 +154,14 @@ def window_key_index(feat_size: Tuple[int, int], window: Window, device: torch.d
     col_inside = (cols >= 0) & (cols < W)
     index = rows.clamp(0, H - 1)[:, None, :, None] * W + cols.clamp(0, W - 1)[None, :, None, :]
     inside = row_inside[:, None, :, None] & col_inside[None, :, None, :]  # (nH, nW, key rows, key columns)
-    K = num_keys(window)
-    return index.reshape(-1, K), inside.reshape(-1, K)
+    return _in_list(index), _in_list(inside)
+
+
+def _in_list(x: Tensor) -> Tensor:
+    """(nH, nW, rows, columns) -> (T, rows * columns)."""
+    x = x.flatten(2)
+    # of one row of open length, an exporter could not prove that it may be flattened
+    return x[0] if x.shape[0] == 1 else x.flatten(0, 1)
 
 
 class WindowRun(NamedTuple):

@@ -7,7 +7,7 @@ from golden_values import SEQUENCE_GOLDEN, check_gradients, read_golden
 from torch._dynamo.testing import CompileCounter
 
 from ls_vision.compat import ChunkedLSAttention
-from ls_vision.layers import CausalLongShortAttention1d
+from ls_vision.layers import CausalLongShortAttention1d, CausalState
 from ls_vision.layers.sinusoids import sinusoids
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -37,6 +37,7 @@ GEOMETRIES = {
     'window_alone': dict(window_size=7, chunk_size=4, chunk_rank=0),
     'smallest': dict(window_size=1, chunk_size=1),
     'clamped': dict(window_size=8, chunk_size=4, chunk_rank=2, clamp_len=3, chunk_clamp_len=5),
+    'bounded': dict(window_size=8, chunk_size=4, chunk_rank=2, max_chunks=2),
 }
 
 
@@ -87,7 +88,7 @@ def dense(module, x):
             ((q[t] + module.r_w_bias[0, :, 0, 0]) * k[window.start:t + 1]).sum(-1)
             + ((q[t] + module.r_r_bias[0, :, 0]) * split(module.r_net(near))).sum(-1)]
         values = [v[window.start:t + 1]]
-        for g in range(t // c if r else 0):
+        for g in range(max(t // c - (module.max_chunks or t), 0), t // c if r else 0):
             chunk = slice(g * c, g * c + c)
             p = split(module.dconv_1(x[chunk])).softmax(0)  # (c, h, r)
             k_g, v_g = (
@@ -150,7 +151,7 @@ def test_jacobian_is_strictly_causal(kwargs):
     jacobian = torch.autograd.functional.jacobian(lambda x: module(x).sum((0, 2)), torch.randn(1, N, 16))
     seen = jacobian[:, 0].abs().amax(-1)  # (query, token)
     assert (seen.triu(1) == 0).all()
-    if module.chunk_rank:
+    if module.chunk_rank and not module.max_chunks:
         assert (seen[torch.ones(N, N).tril().bool()] > 0).all()
 
 
@@ -182,6 +183,32 @@ def test_padding_equals_cutting(side):
     assert torch.equal(y[padding], module.proj_out.bias.expand_as(y[padding]))
 
 
+def test_texts_of_different_lengths_with_a_state():
+    module, x = make(bias=True, chunk_rank=2), torch.randn(3, 60, 16)
+    padding = torch.zeros(3, 60, dtype=torch.bool)
+    padding[0, :11] = padding[1, 20:37] = True  # on the left, and in the middle
+    x[padding] = float('nan')
+    with torch.no_grad():
+        expected = module(x, padding)
+        outputs, state, order = [], None, torch.tensor([2, 0, 1])
+        for start, stop in ((0, 15), (15, 37), (37, 38), (38, 38), (38, 60)):
+            mask = padding[:, start:stop] if padding[:, start:stop].any() else None
+            y, state = module(x[:, start:stop], mask, state=state)
+            outputs.append(y)
+        torch.testing.assert_close(torch.cat(outputs, 1), expected, rtol=0, atol=1e-5)
+        assert state.num_tokens == [49, 43, 60] and state.num_bytes == sum(row.num_bytes for row in state.rows())
+        more = torch.randn(3, 2, 16)
+        y, _ = module(more, state=state.reorder(order).detach())
+        whole = torch.cat([x[order], more], 1), torch.cat([padding[order], torch.zeros(3, 2, dtype=torch.bool)], 1)
+        torch.testing.assert_close(y, module(*whole)[:, -2:], rtol=0, atol=1e-5)
+        # a mask of no padding changes nothing
+        assert type(module(x[:, 40:], padding[:, 40:], state=None)[1]) is CausalState
+    with pytest.raises(ValueError, match='index has 3, expected rows 0 to 2 of the batch'):
+        state.reorder(torch.tensor([3]))
+    with pytest.raises(ValueError, match='state has a batch of 3, x one of 2'):
+        module(x[:2], state=state)
+
+
 def test_state_size():
     module, C, w, c, r = make(window_size=8, chunk_size=4, chunk_rank=2), 16, 8, 4, 2
     for n in (3, 8, 61, 400):
@@ -191,6 +218,17 @@ def test_state_size():
         # nothing larger is kept alive behind the tensors
         tensors = [t for t in vars(state).values() if isinstance(t, torch.Tensor)]
         assert sum(t.untyped_storage().nbytes() for t in tensors) <= state.num_bytes + 4 * n * C
+
+
+def test_state_of_bounded_size():
+    module, sizes = make(chunk_rank=2, max_chunks=3), set()
+    state, x = None, torch.randn(1, 100, 16)
+    with torch.no_grad():
+        for i in range(100):
+            _, state = module(x[:, i:i + 1], state=state)
+            sizes.add(state.summaries.untyped_storage().nbytes() if i > 20 else 0)
+    assert state.summaries.shape[1] == 3 * 2
+    assert max(sizes) <= 2 * (3 * 2 + 1) * 2 * 16 * 4  # nothing larger is kept alive behind it
 
 
 def test_reorder_and_detach():
@@ -302,6 +340,7 @@ def test_compiles_once_for_all_lengths():
     (dict(window_size=0), 'window_size is 0, expected 1 or more'),
     (dict(chunk_size=0), 'chunk_size is 0, expected 1 or more'),
     (dict(chunk_rank=-1), 'chunk_rank is -1, expected 0 or more'),
+    (dict(max_chunks=0), 'max_chunks is 0, expected 1 or more'),
     (dict(clamp_len=-2), 'clamp_len is -2, expected -1 or more'),
     (dict(summaries='pooled'), "summaries is 'pooled', expected one of 'uniform', 'released'"),
 ])
@@ -327,8 +366,6 @@ def test_wrong_state():
     ((torch.zeros(2, 9, 8),), {}, r'x has shape \[2, 9, 8\], expected \(batch, tokens, 16\)'),
     ((torch.zeros(2, 9, 16), torch.zeros(2, 8, dtype=torch.bool)), {}, r'mask has shape \[2, 8\], expected \[2, 9\]'),
     ((torch.zeros(2, 9, 16), torch.ones(2, 9)), {}, 'expected a bool tensor, True where a token is PADDING'),
-    ((torch.zeros(2, 9, 16), torch.zeros(2, 9, dtype=torch.bool)), dict(state=None),
-     'key_padding_mask together with a state'),
 ])
 def test_wrong_input(arguments, kwargs, message):
     with pytest.raises(ValueError, match=message):

@@ -197,13 +197,15 @@ def test_adapters_and_hooks_see_their_linear_map():
 
 @pytest.mark.parametrize('arguments,message', [
     (dict(num_heads=3), 'dim 16 is not divisible by num_heads 3'),
+    (dict(num_heads=2.), r'num_heads is 2\.0, expected a whole number of 1 or more'),
+    (dict(dim=0), 'dim is 0, expected 1 or more'),
     (dict(window_size=-1), 'window_size is -1, expected 0 or more'),
     (dict(rank=-2), 'rank is -2, expected 0 or more'),
     (dict(conv_kernel_size=4), r'conv_kernel_size is 4, expected 0 \(no convolution\) or an odd number'),
 ])
 def test_wrong_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
-        LongShortAttention1d(16, **{**dict(num_heads=2), **arguments})
+        LongShortAttention1d(**{**dict(dim=16, num_heads=2), **arguments})
 
 
 @pytest.mark.parametrize('arguments,message', [
@@ -212,6 +214,7 @@ def test_wrong_arguments(arguments, message):
     ((torch.zeros(2, 9, 16), torch.zeros(2, 8, dtype=torch.bool)), r'mask has shape \[2, 8\], expected \[2, 9\]'),
     ((torch.zeros(2, 9, 16), torch.ones(2, 9)), r'dtype torch.float32, expected a bool tensor, True where .* PADDING'),
     ((torch.zeros(2, 9, 16), [[False] * 9] * 2), 'type list, expected a bool tensor'),
+    ((torch.zeros(2, 9, 16), torch.zeros(2, 9, dtype=torch.bool, device='meta')), 'mask is on meta, expected cpu'),
     ((torch.zeros(2, 9, 16), None, torch.zeros(3, 1, 16)), r'global_tokens has shape \[3, 1, 16\], expected \(2, '),
 ])
 def test_wrong_input(arguments, message):

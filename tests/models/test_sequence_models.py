@@ -1,4 +1,5 @@
 """Models of text: golden values, padding, streaming, wrong input."""
+import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
@@ -98,12 +99,105 @@ def test_generate():
     assert torch.equal(out[:, :6], tokens)
     assert torch.equal(out[:, 6:], model(out)[:, 5:-1].argmax(-1))
     assert model.generate(tokens, 3).shape == (2, 9)
-    with pytest.raises(ValueError, match='tokens has 0 of them, count is 1 and temperature'):
+    with pytest.raises(ValueError, match=r'tokens has shape \[2, 0\], expected \(batch, 1 or more\)'):
         model.generate(tokens[:, :0], 1)
 
 
-def test_wrong_arguments():
-    with pytest.raises(ValueError, match="pooling is 'max', expected one of"):
-        SequenceClassifier(2, pooling='max')
+def test_generate_from_texts_of_different_lengths():
+    model = LanguageModel(20, 16, 2, 2, 32, window_size=8, chunk_size=4, max_chunks=3).eval()
+    tokens = torch.randint(0, 20, (2, 30))
+    padding = torch.arange(30) < torch.tensor([[0], [13]])
+    together = model.generate(tokens, 6, temperature=0, key_padding_mask=padding)
+    for row, first in enumerate((0, 13)):
+        assert torch.equal(together[row, first:], model.generate(tokens[row:row + 1, first:], 6, temperature=0)[0])
+    with pytest.raises(ValueError, match='key_padding_mask is True for the last token of a text'):
+        model.generate(tokens, 1, key_padding_mask=~padding)
+
+
+def test_exported_classifier_of_open_length():
+    model = SequenceClassifier(3, vocab_size=20, max_length=90, window_size=4, rank=3).eval()
+    example = torch.randint(1, 20, (2, 37))
+    program = torch.export.export(
+        model, (example,), dynamic_shapes=({0: torch.export.Dim('B', max=64), 1: torch.export.Dim('N', max=90)},))
+    for shape in ((1, 64), (5, 2), (3, 90)):
+        tokens = torch.randint(0, 20, shape)
+        torch.testing.assert_close(program.module()(tokens), model(tokens))
+
+
+@pytest.mark.slow
+def test_onnx_classifier_of_open_length():
+    model = SequenceClassifier(3, vocab_size=20, max_length=90, window_size=4, rank=3).eval()
+    with torch.no_grad():
+        program = torch.onnx.export(
+            model, (torch.randint(1, 20, (2, 37)),), dynamo=True, opset_version=20, input_names=['tokens'],
+            dynamic_shapes=({0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC},), verbose=False)
+    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
+    for shape in ((1, 64), (5, 2), (3, 90)):
+        tokens = torch.randint(0, 20, shape)
+        found = torch.from_numpy(session.run(None, {'tokens': tokens.numpy()})[0])
+        torch.testing.assert_close(found, model(tokens), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize('model', [
+    SequenceClassifier(2, vocab_size=9, max_length=30, window_size=4, rank=3),
+    LanguageModel(9, 16, 2, 2, 32, window_size=8, chunk_size=4)], ids=['classifier', 'language_model'])
+def test_hooks_on_every_module(model):
+    tokens, called, differentiated, handles = torch.randint(1, 9, (2, 30)), set(), set(), []
+    expected = model(tokens)
+    names = {name for name, module in model.named_modules() if not isinstance(module, torch.nn.ModuleList)}
+    for name, module in model.named_modules():
+        handles += [
+            module.register_forward_hook(lambda *args, name=name: called.add(name)),
+            module.register_full_backward_hook(lambda *args, name=name: differentiated.add(name))]
+    y = model(tokens)
+    y.sum().backward()
+    for handle in handles:
+        handle.remove()
+    assert called == differentiated == names
+    torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize('call,message', [
+    (lambda: SequenceClassifier(2, pooling='max'), "pooling is 'max', expected one of"),
+    (lambda: SequenceClassifier(0), 'num_classes is 0, expected 1 or more'),
+    (lambda: SequenceClassifier(2, vocab_size=5.5), 'vocab_size is 5.5, expected a whole number of 1 or more'),
+    (lambda: SequenceClassifier(2, max_length=0), 'max_length is 0, expected 1 or more'),
+    (lambda: small_language_model(depth=0), 'depth is 0, expected 1 or more'),
+    (lambda: small_language_model(attentions=[]), 'attentions has 0 layers, expected depth 1 of them'),
+])
+def test_wrong_arguments(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def small_language_model(**kwargs):
+    return LanguageModel(**{**dict(
+        vocab_size=9, dim=16, depth=1, num_heads=2, hidden_dim=32, window_size=8, chunk_size=4), **kwargs})
+
+
+@pytest.mark.parametrize('call', [SequenceClassifier(2, vocab_size=9, max_length=8), small_language_model()])
+@pytest.mark.parametrize('tokens,message', [
+    (torch.full((1, 3), 9), 'tokens has numbers from 9 to 9, expected 0 to 8'),
+    (torch.full((1, 3), -1), 'tokens has numbers from -1 to -1, expected 0 to 8'),
+    (torch.ones(3, dtype=torch.long), r'tokens is torch.int64 \[3\], expected whole numbers \(batch, tokens\)'),
+    (torch.ones(1, 3), r'tokens is torch.float32 \[1, 3\], expected whole numbers'),
+    ([[1, 2]], 'tokens is list, expected whole numbers'),
+])
+def test_wrong_tokens(call, tokens, message):
+    with pytest.raises(ValueError, match=message):
+        call(tokens)
+
+
+def test_wrong_calls():
+    tokens = torch.ones(1, 9, dtype=torch.long)
     with pytest.raises(ValueError, match='tokens has 9 of them in a row, expected max_length 8 or fewer'):
-        SequenceClassifier(2, max_length=8)(torch.ones(1, 9, dtype=torch.long))
+        SequenceClassifier(2, max_length=8)(tokens)
+    model = small_language_model()
+    for states, message in (([], '0 of them'), ('ab', 'a str')):
+        with pytest.raises(ValueError, match=f'states is {message}, expected None or the list of 1 of an earlier call'):
+            model(tokens, states=states)
+    for kwargs, message in (
+            (dict(count=1.5), 'count is 1.5, expected a whole number of 0 or more'),
+            (dict(count=1, temperature=float('nan')), 'temperature is nan, expected 0 or more')):
+        with pytest.raises(ValueError, match=message):
+            model.generate(tokens, **kwargs)

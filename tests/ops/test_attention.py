@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ls_vision.ops import Window, long_short_attention
+from ls_vision.ops import Window, chunks, long_short_attention
 from ls_vision.ops.backends import BACKENDS
 from ls_vision.ops.backends.reference import window_pairs
 from ls_vision.ops.window import make_window, num_keys, num_queries
@@ -123,17 +123,21 @@ def padded_formula(q, k, v, extra_k, extra_v, bias, window, mask):
 @settings(max_examples=25, deadline=None)
 @given(
     W=st.integers(1, 150), size=st.integers(1, 9), margin=st.integers(0, 12), M=st.integers(0, 20),
-    padded=st.booleans(), dtype=st.sampled_from([torch.float32, torch.float64]))
-def test_one_row(W, size, margin, M, padded, dtype):
-    """Sequences, whose runs of windows the blocked backend computes in a way of its own."""
+    padded=st.booleans(), dtype=st.sampled_from([torch.float32, torch.float64]),
+    elements=st.sampled_from([400, 2 ** 19]))
+def test_one_row(W, size, margin, M, padded, dtype, elements):
+    """Sequences, whose windows the blocked backend computes in a way of its own, some or all at a time."""
     window = Window(1, size, 0, margin)
     inputs = draw_inputs(3, 1, W, 2, 4, window, M, False, dtype)
     mask = torch.rand(3, 1, W) < 0.3 if padded else torch.zeros(3, 1, W, dtype=torch.bool)
-    actual = long_short_attention(
-        *inputs[:3], window, *inputs[3:], backend='blocked', key_padding_mask=mask if padded else None)
     expected = padded_formula(*inputs, window, mask)
     grad, used = torch.randn_like(expected), [t for t in inputs if t is not None]
-    pairs = zip(torch.autograd.grad(actual, used, grad), torch.autograd.grad(expected, used, grad), strict=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunks, 'CHUNK_ELEMENTS', elements)
+        actual = long_short_attention(
+            *inputs[:3], window, *inputs[3:], backend='blocked', key_padding_mask=mask if padded else None)
+        grads = torch.autograd.grad(actual, used, grad)
+    pairs = zip(grads, torch.autograd.grad(expected, used, grad), strict=True)
     for a, e in ((actual, expected), *pairs):
         assert (a - e).abs().max() <= TOLERANCE[dtype] * e.abs().max().clamp(min=1)
 

@@ -35,9 +35,10 @@ def compare(inputs, geometry, tolerance):
 @settings(max_examples=30, deadline=None)
 @given(
     w=st.integers(1, 20), c=st.integers(1, 20), r=st.integers(0, 3), start=st.integers(0, 40), B=st.integers(1, 3),
-    M=st.integers(1, 150), L=st.integers(0, 25), h=st.integers(1, 3), seed=st.integers(0, 99))
-def test_matches_dense_form(w, c, r, start, B, M, L, h, seed):
-    geometry = CausalGeometry(w, c, r, start)
+    M=st.integers(1, 150), L=st.integers(0, 25), h=st.integers(1, 3), max_chunks=st.integers(0, 5),
+    seed=st.integers(0, 99))
+def test_matches_dense_form(w, c, r, start, B, M, L, h, max_chunks, seed):
+    geometry = CausalGeometry(w, c, r, start, max_chunks)
     compare(draw_inputs(geometry, B, M, min(L, start), h, 4, seed=seed), geometry, TOLERANCE[torch.float32])
 
 

@@ -4,7 +4,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ls_vision.ops import joint_heads
-from ls_vision.ops.long_range import attend_globally, merge_parts, summarize
+from ls_vision.ops.long_range import SHORTEST_IN_PLACE, attend_globally, merge_parts, summarize
 
 
 def draw(g=2, m=3, N=20, kinds=2, dtype=torch.float64, size=1.):
@@ -40,15 +40,26 @@ def test_global_attention_contract(kinds, with_lse):
     torch.library.opcheck(torch.ops.ls_vision.global_attention.default, (*args, 0.4, with_lse))
 
 
-def test_summaries_contract():
-    weights = torch.rand(2, 3, 5, 20, requires_grad=True)
-    tokens = torch.randn(2, 22, 2, 3, 8, requires_grad=True)
+def by_token(scores):
+    """(B, h, r, N) in the memory order of (B, N, h, r), as a linear map of the tokens makes them."""
+    return scores.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+
+
+@pytest.mark.parametrize('N', [20, SHORTEST_IN_PLACE])
+@pytest.mark.parametrize('lay_out', [lambda x: x, by_token], ids=['by_rank', 'by_token'])
+def test_summaries_contract(lay_out, N):
+    weights = lay_out(torch.rand(2, 3, 5, N)).requires_grad_()
+    tokens = torch.randn(2, N + 2, 2, 3, 8, requires_grad=True)
     torch.library.opcheck(torch.ops.ls_vision.summarize.default, (weights, tokens[:, 2:]))
+    grad = torch.ops.ls_vision.summarize_backward(torch.ones(2, 2, 3, 5, 8), weights, tokens[:, 2:])[0]
+    assert grad.stride() == weights.stride()  # what the compiler is told
 
 
-def test_summaries_match_formula():
-    scores = torch.randn(2, 3, 5, 20, dtype=torch.float64, requires_grad=True)
-    tokens = torch.randn(2, 20, 2, 3, 8, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize('N', [20, SHORTEST_IN_PLACE])
+@pytest.mark.parametrize('lay_out', [lambda x: x, by_token], ids=['by_rank', 'by_token'])
+def test_summaries_match_formula(lay_out, N):
+    scores = lay_out(torch.randn(2, 3, 5, N, dtype=torch.float64)).requires_grad_()
+    tokens = torch.randn(2, N, 2, 3, 8, dtype=torch.float64, requires_grad=True)
     actual, lse = summarize(scores, tokens, with_lse=True)
     expected = torch.einsum('bhrn,bnkhd->bhrkd', scores.softmax(-1), tokens)
     torch.testing.assert_close((actual, lse), (expected, scores.logsumexp(-1)))

@@ -174,10 +174,9 @@ def test_sums_match_float64(case):
 
 
 def faults_of_each(launch, statement):
-    """What is found if one such statement is missing, for each of them that a read of shared memory follows."""
+    """What is found if one such statement is missing, for each of them."""
     found = []
-    last_read = [match.start() for match in re.finditer(r'ldmatrix|ld\.shared', launch.ptx)][-1]
-    for match in re.finditer(rf'{statement}[^;]*;', launch.ptx[:last_read]):
+    for match in re.finditer(rf'{statement}[^;]*;', launch.ptx):
         try:
             launch.run(launch.ptx[:match.start()] + launch.ptx[match.end():])
             found.append(None)
@@ -196,7 +195,8 @@ def test_finds_missing_barrier(launches, kernel):
 @pytest.mark.parametrize('kernel', WINDOW_KERNELS)
 def test_finds_missing_wait(launches, kernel):
     found = faults_of_each(launches[kernel], r'cp\.async\.wait_group')
-    assert found and set(found) == {EarlyAccess}
+    # compilers set one at the end, after which there may be nothing to wait for
+    assert EarlyAccess in found and set(found[:-1]) <= {EarlyAccess} and found[-1] in (EarlyAccess, None), found
 
 
 @pytest.mark.parametrize('kernel', WINDOW_KERNELS)

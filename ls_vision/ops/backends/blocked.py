@@ -107,13 +107,10 @@ def plan_chunks(
     return plan
 
 
-def chunks_of(query: Tensor, window: Window, num_additional: int, in_row: bool = False) -> List[WindowChunk]:
-    """The plan for a (B, H, W, h, d) raster; with `in_row` for `row`, whose chunks are measured by their logits."""
+def chunks_of(query: Tensor, window: Window, num_additional: int) -> List[WindowChunk]:
+    """The plan for a (B, H, W, h, d) raster."""
     B, H, W, h, d = query.shape
-    elements = chunks.CHUNK_ELEMENTS
-    if in_row:
-        elements = elements * d // window.cols
-    return plan_chunks(B, (H, W), h * d, window, num_additional, elements)
+    return plan_chunks(B, (H, W), h * d, window, num_additional, chunks.CHUNK_ELEMENTS)
 
 
 @functools.lru_cache(maxsize=64)
@@ -250,6 +247,9 @@ def blocked_forward(
         padding: Optional[Tensor] = None,
 ) -> Tuple[Tensor, Tensor]:
     """Output and, if asked for, log-sum-exp of `ls_vision.ops.attention.attend`, which describes the arguments."""
+    if not with_lse and one_row.takes(query, window, bias):
+        take = functools.partial(_buffers.take, like=query, dtype=query.dtype)
+        return one_row.forward(query, pair, window, additional, scale, padding, take), query.new_empty(0)
     B, H, W, h, d = query.shape
     M = 0 if additional is None else additional.shape[1]
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
@@ -260,11 +260,7 @@ def blocked_forward(
     dtype = statistics if by_products else query.dtype
     take = functools.partial(_buffers.take, like=query, dtype=dtype)
     masks = clipped_biases(bias, (H, W), window, M, dtype)
-    in_row = not with_lse and one_row.takes(query, bias)
-    for chunk in chunks_of(query, window, M, in_row):
-        if in_row and chunk.shape[2] >= one_row.SHORTEST_RUN:
-            one_row.forward(out, query, pair, additional, padding, chunk, scale, take)
-            continue
+    for chunk in chunks_of(query, window, M):
         mask = _with_padding(masks.get((chunk.row_run, chunk.col_run)), padding, chunk, M, h, dtype)
         n, Q, J = chunk.num_windows, chunk.num_queries, M + chunk.num_keys
         if by_products:
@@ -333,6 +329,9 @@ def blocked_backward(
 
     None for those that do not exist or that `needs` says nobody needs.
     """
+    if grad_lse is None and one_row.takes(query, window, bias):
+        take = functools.partial(_buffers.take, like=query, dtype=query.dtype)
+        return (*one_row.backward(grad_out, query, pair, window, additional, scale, padding, take), None)
     B, H, W, h, d = query.shape
     M = 0 if additional is None else additional.shape[1]
     dtype, device = statistics_dtype(query), query.device
@@ -345,12 +344,7 @@ def blocked_backward(
     masks = clipped_biases(bias, (H, W), window, M, dtype)
     if grad_lse is not None:
         grad_lse = grad_lse.permute(0, 2, 3, 1).unsqueeze(-1)  # (B, H, W, h, 1)
-    in_row = grad_lse is None and one_row.takes(query, bias)
-    for chunk in chunks_of(query, window, M, in_row):
-        if in_row and chunk.shape[2] >= one_row.SHORTEST_RUN:
-            one_row.backward(
-                grad_out, query, pair, additional, padding, chunk, scale, take, grad_q, grad_pair, grad_additional)
-            continue
+    for chunk in chunks_of(query, window, M):
         mask = _with_padding(masks.get((chunk.row_run, chunk.col_run)), padding, chunk, M, h, dtype)
         # head by head, the layout for products of many small matrices
         n, Q, J = chunk.num_windows, chunk.num_queries, M + chunk.num_keys

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..numerics import attention_logits, masked_logit, to_dtype
-from ..window import Window, tile_grid, window_key_index, window_query_index
+from ..window import Window, window_key_index, window_query_index
 
 
 def composite_attention(
@@ -93,6 +93,5 @@ def merge_windows(x: Tensor, feat_size: Tuple[int, int], window: Window) -> Tens
     x = x.transpose(2, 3)  # (B, T, Q, h, d)
     if window.rows == 0:
         return x.reshape(B, H, W, h, d)
-    nH, nW = tile_grid(feat_size, window)
     _, to_raster = window_query_index(feat_size, window, x.device)
-    return x.reshape(B, nH * nW * window.rows * window.cols, h, d)[:, to_raster].reshape(B, H, W, h, d)
+    return x.flatten(1, 2)[:, to_raster].reshape(B, H, W, h, d)
