@@ -76,7 +76,7 @@ class Watch:
 
     def _publish(self) -> None:
         if self.error is not None and not self.blamed:
-            state = dict(error=f'{type(self.error).__name__}: {self.error}'[:500])
+            state: Dict[str, Any] = dict(error=f'{type(self.error).__name__}: {self.error}'[:500])
         else:
             state = dict(waiting=self.waiting, calls=self.calls)
         self.store.set(str(self.rank), json.dumps(state))
