@@ -86,6 +86,15 @@ def test_two_processes_train_as_one(config, one_thread):
     assert_same_run(config, 'one', 'two')
 
 
+@pytest.mark.slow
+def test_batch_norms_train_as_one(config, one_thread):
+    argv = ('--model', 'cvt_ls_13', '--model-kwargs', 'embed_dims=[8,16]', 'depths=[1,2]', 'num_heads=[1,2]', 'rank=3',
+            'window_size=[8,4]', '--epochs', '2', '--no-aug')
+    train_alone(config, 'one cvt', *argv)
+    train_together(config, 'two cvt', *argv)
+    assert_same_run(config, 'one cvt', 'two cvt')
+
+
 @pytest.mark.parametrize('argv, message', [
     (['--space-parallel', '2'], '--space-parallel 2: there are 1 processes, expected a multiple of 2'),
     (['--space-parallel', '0'], '--space-parallel 0: must be 1 or more'),
