@@ -6,6 +6,7 @@
     python eval_imagenet.py --model vil_ls_medium_384 --checkpoint last.pth.tar --data-dir imagenet-c --variant c
     python eval_imagenet.py --model vil_ls_tiny --num-classes 10 --checkpoint last.pth.tar --data-dir mine/val
     torchrun --nproc_per_node 8 eval_imagenet.py ...        # exactly the same metrics
+    torchrun --nproc_per_node 8 eval_imagenet.py --img-size 4096 --space-parallel 8 ...  # each image over 8 processes
 
 Prints top-1, top-5 and the number of images as a Markdown row, and writes them to the files that `--results-file`
 names, as JSON, CSV or Markdown by their suffixes. An unreadable image counts as wrong.
@@ -35,6 +36,7 @@ from ls_vision.evaluation.classifier import create_classifier, read_class_names
 from ls_vision.evaluation.loader import create_eval_loader
 from ls_vision.evaluation.predictions import Predictions, accuracy, predict
 from ls_vision.models._checkpoint import load_weights
+from ls_vision.parallel.scripts import add_space_parallel, share_images, split_model
 from ls_vision.runtime.arguments import KeyValues, parse_strictly
 from ls_vision.runtime.devices import autocast, check_device
 from ls_vision.runtime.errors import UserError, first_line
@@ -72,6 +74,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add('--std', type=float, nargs='+', help='pixel standard deviation')
     add('--interpolation', default='', help='resize')
     add('-b', '--batch-size', type=int, default=256, help='batch of one process (%(default)s)')
+    add_space_parallel(parser)
     add('-j', '--workers', type=int, default=4, help='loader processes (%(default)s)')
     add('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='torch device (%(default)s)')
     add('--amp', action='store_true', help='automatic mixed precision')
@@ -91,7 +94,7 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError(f'--data-dir {args.data_dir} does not exist')
     if bool(args.checkpoint) == args.pretrained:
         raise UserError('pass either --checkpoint or --pretrained: random weights have no accuracy')
-    for name in ('num_classes', 'img_size', 'batch_size'):
+    for name in ('num_classes', 'img_size', 'batch_size', 'space_parallel'):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f'--{name.replace("_", "-")} {getattr(args, name)}: must be 1 or more')
     if args.variant != 'val' and args.num_classes != imagenet.NUM_CLASSES:
@@ -107,6 +110,7 @@ def check_args(args: argparse.Namespace) -> None:
 
 def evaluate(args: argparse.Namespace, processes: Processes) -> dict[str, Any]:
     """The whole job for checked arguments."""
+    processes = share_images(processes, args.space_parallel)
     model = create_classifier(args, args.num_classes)
     if args.checkpoint:
         load_weights(model, args.checkpoint)
@@ -115,6 +119,7 @@ def evaluate(args: argparse.Namespace, processes: Processes) -> dict[str, Any]:
     if args.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     data_config = resolve_input_data_config(model, args=vars(args))
+    split_model(model, processes, data_config['input_size'])
 
     evaluate_on = partial(evaluate_folder, args, processes, model, data_config, class_names)
     if args.variant == 'c':

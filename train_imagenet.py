@@ -5,6 +5,7 @@
     python train_imagenet.py --config configs/cifar10.yaml --epochs 2 --experiment short
     torchrun --nproc_per_node 8 train_imagenet.py --config configs/vil_ls_medium_224.yaml --data-dir imagenet
     torchrun --nnodes 8 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint host:29400 train_imagenet.py ...
+    torchrun --nproc_per_node 8 train_imagenet.py --model vil_ls_tiny_linear --img-size 4096 --space-parallel 4 ...
 
 Arguments have timm's names, in the YAML file and on the command line, which wins. All files of a run are in one
 folder, `output/experiment`: last.pth.tar, the checkpoint before it and model_best.pth.tar, args.yaml, summary.csv (a
@@ -39,6 +40,7 @@ from ls_vision.analysis import pictures
 from ls_vision.analysis.zoo import check_model
 from ls_vision.evaluation.classifier import create_classifier
 from ls_vision.models._checkpoint import load_weights
+from ls_vision.parallel.scripts import share_images, split_model
 from ls_vision.runtime import randomness
 from ls_vision.runtime.errors import UserError, first_line
 from ls_vision.runtime.logs import Stopwatch, say
@@ -69,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 def train(args: argparse.Namespace, processes: Processes) -> dict[str, Any]:
     """The whole job for checked arguments."""
     watch = Stopwatch()
+    processes = share_images(processes, args.space_parallel)
     randomness.prepare(args.seed, processes.rank, args.deterministic)
     args.lr = resolve_lr(args, processes.world_size)
     datasets = create_datasets(args)
@@ -78,6 +81,7 @@ def train(args: argparse.Namespace, processes: Processes) -> dict[str, Any]:
         data_config = resolve_input_data_config(model, args=vars(args))
     except ValueError as e:
         raise UserError(f'--img-size, --mean or --std: {first_line(e)}') from e
+    split_model(model, processes, data_config['input_size'])
     train_loader, val_loader = create_loaders(args, datasets, data_config, num_classes, processes)
     if args.dry_run_loader:
         return dict(
@@ -152,7 +156,7 @@ def build_state(
     if args.torchcompile:
         task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
     if processes.world_size > 1:
-        task.prepare_distributed(device_ids=processes.device_ids)
+        task.prepare_distributed(device_ids=processes.device_ids, process_group=processes.group)
     scaler = torch.amp.GradScaler(processes.device.type, enabled=args.amp and args.amp_dtype == 'float16')
     guard = FiniteGuard(args.max_nonfinite, f'try a lower --lr than {args.lr:g}, or --clip-grad 1')
     return TrainingState(task, optimizer, scheduler, scaler, guard, processes, num_epochs, updates_per_epoch)
@@ -182,6 +186,9 @@ def draw_pictures(
 ) -> None:
     """Draw the learning curve, predictions on test images, and attention maps."""
     pictures.draw_learning_curve(output / 'summary.csv', output / 'learning_curve.png')
+    if args.space_parallel > 1:
+        say('No pictures of predictions and attention: --space-parallel leaves no process with the whole model.')
+        return
     samples = pictures.pick_samples(datasets.val, count=24, seed=args.seed)
     if samples is None:
         say('No pictures of predictions and attention: no image can be read, or the dataset cannot be indexed.')

@@ -145,7 +145,12 @@ class StripBlock(Block, StripLayer):
     def forward(self, x: Tensor, feat_size: StripGrid) -> Tensor:  # type: ignore[override]
         """(B, g + N, C) -> (B, g + N, C)."""
         self.strips.seed = feat_size.seed
-        return super().forward(x, feat_size)
+        if not self.training or not any(isinstance(m, StripDropout) for m in self.modules()):
+            return super().forward(x, feat_size)
+        # Each rank drops other local tokens, and leaves the generators as they are: the same on all ranks.
+        with torch.random.fork_rng([x.device] if x.is_cuda else []):
+            torch.manual_seed((feat_size.seed + self.number + 2 ** 32 * (self.strips.link.rank + 1)) % 2 ** 63)
+            return super().forward(x, feat_size)
 
 
 class StripBatchNorm2d(nn.BatchNorm2d, StripLayer):

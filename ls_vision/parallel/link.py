@@ -4,15 +4,18 @@ Every message is counted by what it carries, in the bytes that this rank puts in
 backend makes of it.
 """
 from collections import Counter
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import List, Optional, Sequence
+from typing import Iterator, List, Optional, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-WAIT_SECONDS = 50.
+from .watch import watch
+
+WAIT_SECONDS = 45.
 
 
 class Link:
@@ -31,6 +34,7 @@ class Link:
         self.size = mesh.size()
         self.global_ranks: List[int] = mesh.mesh.flatten().tolist()
         self.sent: Counter[str] = Counter()
+        self.watch = watch(self.group, self.global_ranks) if self.size > 1 else None
         # a wait of a time of its own would hold up the CPU on NCCL, which has a watchdog for the group's timeout
         self.timeout = timedelta(seconds=timeout) if dist.get_backend(self.group) == 'gloo' else None
 
@@ -44,7 +48,8 @@ class Link:
             return x.unsqueeze(0)
         self.sent[what] += x.nbytes
         out = x.new_empty(self.size, *x.shape)
-        self.wait([dist.all_gather(list(out.unbind()), x, group=self.group, async_op=True)], what)
+        with self._naming_culprits(what):
+            self._wait([dist.all_gather(list(out.unbind()), x, group=self.group, async_op=True)])
         return out
 
     def sum(self, x: Tensor, what: str) -> Tensor:
@@ -53,7 +58,8 @@ class Link:
             return x
         x = x.clone(memory_format=torch.contiguous_format)
         self.sent[what] += x.nbytes
-        self.wait([dist.all_reduce(x, group=self.group, async_op=True)], what)
+        with self._naming_culprits(what):
+            self._wait([dist.all_reduce(x, group=self.group, async_op=True)])
         return x
 
     def post(
@@ -76,22 +82,37 @@ class Link:
                 peer = self.global_ranks[self.rank + step]
                 ops.append(dist.P2POp(op, tensor, peer, self.group))
                 self.sent[what] += tensor.nbytes if op is dist.isend else 0
-        return dist.batch_isend_irecv(ops) if ops else []
+        with self._naming_culprits(what):
+            return dist.batch_isend_irecv(ops) if ops else []
 
     def wait(self, works: Sequence[Optional[dist.Work]], what: str) -> None:
         """Until they are done.
 
         Raises:
-            RuntimeError: Another rank has died or does not answer.
+            RuntimeError: Another rank has died or does not answer; the message names it.
         """
+        with self._naming_culprits(what):
+            self._wait(works)
+
+    def _wait(self, works: Sequence[Optional[dist.Work]]) -> None:
+        for work in works:
+            if work is not None:
+                work.wait() if self.timeout is None else work.wait(self.timeout)
+
+    @contextmanager
+    def _naming_culprits(self, what: str) -> Iterator[None]:
+        if self.watch is None:
+            yield
+            return
+        self.watch.waiting = what
+        self.watch.calls += 1
         try:
-            for work in works:
-                if work is not None:
-                    work.wait() if self.timeout is None else work.wait(self.timeout)
+            yield
         except RuntimeError as e:
             raise RuntimeError(
-                f'Rank {self.rank} of the {self.size} ranks of an image (processes {self.global_ranks}) got no {what} '
-                f'from another: that one has died, raised an error or hangs. {e}') from e
+                f'Rank {dist.get_rank()}, one of the ranks {self.global_ranks} of an image, got no {what}: '
+                f'{self.watch.culprits()}. {e}') from e
+        self.watch.waiting = ''
 
 
 def check_mesh(mesh: DeviceMesh) -> None:

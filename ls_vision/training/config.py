@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ..parallel.scripts import add_space_parallel
 from ..runtime.arguments import KeyValues, create_config_parser, parse_with_config
 from ..runtime.devices import check_device
 from ..runtime.errors import UserError
@@ -93,6 +94,7 @@ def _add_model_args(group: argparse._ArgumentGroup) -> None:
                        help='start from this weight file, its classifier included')
     group.add_argument('--drop', type=float, default=0., help='classifier dropout rate')
     group.add_argument('--drop-path', type=float, help='stochastic depth rate')
+    add_space_parallel(group)
     group.add_argument('--channels-last', action='store_true', help='channels-last memory layout')
     group.add_argument('--grad-checkpointing', action='store_true', help='recompute activations, to save memory')
     group.add_argument('--sync-bn', action='store_true', help='batch norms over all processes')
@@ -185,7 +187,8 @@ def _check_args(args: argparse.Namespace) -> None:
     if args.lr is None and args.lr_base is None:
         raise UserError('no learning rate: pass --lr, or --lr-base and --lr-base-size')
     for name in ('batch_size', 'epochs', 'log_interval', 'validation_batch_size', 'num_classes', 'img_size',
-                 'grad_accum_steps', 'lr_base_size', 'max_nonfinite', 'train_num_samples', 'val_num_samples'):
+                 'grad_accum_steps', 'lr_base_size', 'max_nonfinite', 'train_num_samples', 'val_num_samples',
+                 'space_parallel'):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f'--{name.replace("_", "-")} {value}: must be 1 or more')
@@ -200,6 +203,8 @@ def _check_args(args: argparse.Namespace) -> None:
     if (args.mixup > 0 or args.cutmix > 0) and args.batch_size % 2:
         raise UserError(f'--batch-size {args.batch_size}: must be even, since --mixup and --cutmix mix pairs of images')
     starts = [name for name in ('pretrained', 'pretrained_path', 'initial_checkpoint') if getattr(args, name)]
+    if args.sync_bn and args.space_parallel > 1:
+        raise UserError(f'--sync-bn: not with --space-parallel {args.space_parallel}, expected one of the two')
     if len(starts) > 1:
         raise UserError(f'{" and ".join("--" + name.replace("_", "-") for name in starts)}: choose one')
     check_device(args.device)

@@ -137,7 +137,7 @@ def evaluate(
 
     state.task.eval()
     state.processes.share_buffers(state.task.get_trainable_module(), state.task.get_trainable_module(ema=True))
-    alone = state.processes.world_size == 1  # other processes would wait for one that stops here
+    alone = state.processes.is_only  # other processes would wait for one that stops here
     return accuracy(predict(
         state.eval_model, loader, state.processes, title=title, after_batch=check if alone else lambda: None,
         autocast=partial(autocast, state.processes.device, args.amp, args.amp_dtype)))

@@ -29,6 +29,14 @@ CASES = {
 }
 
 
+FOUR = {
+    'four ranks': Case(4, 69, steps=3),
+    'four ranks, unequal strips, windows of 7': Case(4, 283, strips=(56, 112, 112, 3), args=dict(VIL, window_size=7)),
+    'four ranks, windows of 8, checkpointing': Case(4, 250, args=dict(VIL, window_size=8), checkpointing=True),
+    'four ranks, cvt': Case(4, 120, **CVT_LS),
+}
+
+
 @pytest.fixture(scope='module')
 def results():
     return run_ranks(run, 3, CASES)
@@ -36,7 +44,18 @@ def results():
 
 @pytest.mark.parametrize('name', CASES)
 def test_equal_to_the_unsplit_model(results, name):
-    for rank in range(CASES[name].ranks):
+    check(results, name, CASES[name].ranks)
+
+
+@pytest.mark.slow
+def test_four_ranks():
+    results = run_ranks(run, 4, FOUR)
+    for name in FOUR:
+        check(results, name, 4)
+
+
+def check(results, name, num_ranks):
+    for rank in range(num_ranks):
         errors = results[rank][name]
         print(name, rank, sorted(((e, t, k) for k, (e, t) in errors.items()), reverse=True)[:2])
         assert len(errors) > 40

@@ -1,4 +1,11 @@
 """Split models on two ranks: what they send, what they refuse, what they draw, and what they are used with."""
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+
 import failing_ranks
 import pytest
 import rank_checks
@@ -88,12 +95,37 @@ def test_ddp_over_all_ranks(results):
     assert all(result['ddp'] < 1e-5 for result in results)
 
 
-@pytest.mark.parametrize('how', ['dies', 'hangs'])
-def test_rank_that_is_gone_ends_the_other(how):
-    (message, seconds), gone = run_ranks(failing_ranks.fail, 2, how, 2.)
+def test_rank_that_hangs_is_named():
+    (message, seconds), gone = run_ranks(failing_ranks.fail, 2, 'hangs', 2.)
     assert gone is None and seconds < 10
-    assert 'Rank 0 of the 2 ranks of an image (processes [0, 1]) got no checks from another' in message
-    assert 'died, raised an error or hangs' in message
+    assert message.startswith('Rank 0, one of the ranks [0, 1] of an image, got no ')
+    assert 'rank 1 hung, or took too long, outside of any exchange' in message
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('how, blame', {
+    'dies': "rank 1 died or can't be reached",
+    'raises': 'rank 1 has failed with ValueError: a bad strip',
+    'hangs': 'rank 1 hung, or took too long, outside of any exchange',
+    'stops': "rank 1 died or can't be reached",
+}.items())
+def test_both_others_name_the_rank_that_fails(how, blame, tmp_path):
+    start = time.monotonic()
+    process = subprocess.Popen(
+        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '3',
+         failing_ranks.__file__, how, '5', tmp_path], stderr=subprocess.DEVNULL,
+        env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join(filter(None, sys.path))})
+    try:
+        while len(list(tmp_path.glob('?'))) < 2 and time.monotonic() - start < 90:
+            time.sleep(.2)
+    finally:
+        for pid in [process.pid, *(int(path.suffix[1:]) for path in tmp_path.glob('pid.*'))]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+    for rank in (0, 2):
+        seconds, message = (tmp_path / str(rank)).read_text().split(' ', 1)
+        assert blame in message and int(seconds) < 30
 
 
 @pytest.mark.slow
