@@ -18,7 +18,7 @@ def token_weights(scores: Tensor) -> Tensor:
     if scores.dtype == torch.float16:
         return (scores.softmax(dim=-1, dtype=torch.float32) * float16_scale()).to(torch.float16)
     # float32 statistics; the dtype is named because autocast would make the whole result float32
-    if scores.stride(-1) != 1 and not torch.jit.is_scripting():
+    if scores.stride(-1) != 1 and scores.device.type == 'cpu' and not torch.jit.is_scripting():
         # token by token, as a linear map makes them: along the last dimension PyTorch would copy them first
         return scores.permute(0, 3, 1, 2).softmax(dim=1, dtype=scores.dtype).permute(0, 2, 3, 1)
     return scores.softmax(dim=-1, dtype=scores.dtype)
