@@ -69,6 +69,18 @@ def load_image(path: Path, size: Optional[ImageSize], shorter_side: int) -> Tens
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
 
 
+def record_image(model: nn.Module, image: Tensor) -> list[Record]:
+    """The attention weights of all blocks for a (3, H, W) uint8 image.
+
+    Raises:
+        UserError: The model is not of this package.
+    """
+    try:
+        return record(model, pictures.normalize(image[None], resolve_model_data_config(model), model))
+    except ValueError as e:
+        raise UserError(str(e)) from e
+
+
 def look(
         model: nn.Module,
         image: Tensor,
@@ -89,11 +101,7 @@ def look(
     Raises:
         UserError: The model has no such block.
     """
-    normalized = pictures.normalize(image[None], resolve_model_data_config(model), model)
-    try:
-        records = record(model, normalized)
-    except ValueError as e:
-        raise UserError(str(e)) from e
+    records = record_image(model, image)
     chosen = next((r for r in records if (r.stage, r.block) == (stage, block)), None)
     if chosen is None:
         raise UserError(f'no block {block} in stage {stage}; expected one of {", ".join(r.name for r in records)}')

@@ -58,6 +58,8 @@ class Record:
     """(h, r, H, W) maps, each with a sum of 1; None without a dynamic projection."""
     global_weights: Optional[Tensor]
     """(h, g, L) of the global tokens' queries in long-short attention."""
+    summary_keys: Optional[Tensor] = None
+    """(h, r, d) of the summaries; None without them."""
 
     @property
     def name(self) -> str:
@@ -89,6 +91,15 @@ class Record:
         if self.projection is not None:
             long_range = torch.einsum('hr,hrxy->hxy', summaries, self.projection)
         return PixelAttention(window, summaries, global_tokens, long_range)
+
+    @property
+    def mean_shares(self) -> Tensor:
+        """(h, 3) total weight of the tokens themselves, of the summaries and of the global tokens, of a local query on
+        average."""
+        N = self.feat_size[0] * self.feat_size[1]
+        tokens, additional = self._spread(torch.full((N,), 1. / N))
+        summaries, global_tokens = additional.split([self.rank, self.num_global_tokens], dim=-1)
+        return torch.stack([part.sum(-1) for part in (tokens, summaries, global_tokens)], dim=-1)
 
     def pull(self, relevance: Tensor) -> Tensor:
         """Pull relevance back from output tokens to input tokens: relevance times the matrix of weights.
@@ -199,7 +210,8 @@ def _make_record(stage: int, block: int, layer: nn.Module, x: Tensor, feat_size:
     return Record(
         stage, block, feat_size, layer.num_global_tokens, layer.window_size,
         local if layer.window_size else local[0], projection,
-        None if maps.global_tokens is None else _first(maps.global_tokens))
+        None if maps.global_tokens is None else _first(maps.global_tokens),
+        None if maps.summaries is None else _first(maps.summaries[:, :, 0].transpose(1, 2)))
 
 
 def _first(x: Tensor) -> Tensor:

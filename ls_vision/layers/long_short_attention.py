@@ -38,6 +38,8 @@ class AttentionMaps(NamedTuple):
     """(B, h, r, N), the weights of each token in the summaries."""
     global_tokens: Optional[Tensor]
     """(B, h, g, L), the weights of the global tokens' queries."""
+    summaries: Optional[Tensor]
+    """(B, r, 2, h, d), keys and values of the summaries."""
 
 
 class LongShortAttention2d(nn.Module):
@@ -223,14 +225,16 @@ class LongShortAttention2d(nn.Module):
         """The attention weights of a call of this layer with the same arguments, before dropout."""
         query, q_global, pair, own, scores = self._project(x, feat_size)
         window = self._make_window()
-        logits, values = tile_logits(
-            query, pair, window, self._additional(pair, own, scores), self.position_bias(), self.scale)
+        additional = self._additional(pair, own, scores)
+        logits, values = tile_logits(query, pair, window, additional, self.position_bias(), self.scale)
         local = to_dtype(logits.softmax(dim=-1), values.dtype)
         weights_global = None
         if self.num_global_tokens > 0:
             out = merge_windows(local @ values, feat_size, window)
             weights_global = global_weights(q_global, own, self._global_keys(out, pair), self.scale)
-        return AttentionMaps(local, None if scores is None else scores.softmax(dim=-1), weights_global)
+        if scores is None or additional is None:
+            return AttentionMaps(local, None, weights_global, None)
+        return AttentionMaps(local, scores.softmax(dim=-1), weights_global, additional[:, :scores.shape[2]])
 
     def _project(
             self,

@@ -5,16 +5,22 @@
     ls-vision attention photo.jpg --model vil_ls_tiny --checkpoint output/cifar10/model_best.pth.tar \\
         --model-kwargs img_size=32 patch_size=4 num_classes=10
 
+    ls-vision attention photo.jpg --model vil_ls_medium --checkpoint model_best.pth --summary
+
 The sheet shows the attention of a pixel to its window and, through the summaries, to the whole image, the share of
-each, attention rollout, and the maps of the dynamic projection of every head. In Python: `ls_vision.analysis.record`.
+each, attention rollout, and the maps of the dynamic projection of every head. --summary prints a table instead: of
+every head of all blocks, how many directions its summaries span and what share of the attention they get. In Python:
+`ls_vision.analysis.record` and `ls_vision.analysis.summaries`.
 """
 import argparse
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from ls_vision.runtime.arguments import KeyValues
 from ls_vision.runtime.errors import UserError
-from ls_vision.runtime.files import atomic_write, check_output
+from ls_vision.runtime.files import atomic_write, check_output, write_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,30 +38,64 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--pixel', type=int, nargs=2, metavar=('ROW', 'COLUMN'), help='query pixel in the file (default: its centre)')
     parser.add_argument(
-        '--out', type=Path, default=Path('attention.png'),
-        help='.png file of the sheet; the arrays are written beside it as .npz (default: %(default)s)')
+        '--summary', action='store_true', help='print what the summaries of all blocks are worth; --out writes JSON')
+    parser.add_argument(
+        '--out', type=Path,
+        help='.png file of the sheet; the arrays are written beside it as .npz (default: attention.png). With '
+        '--summary a .json file')
 
 
 def run(args: argparse.Namespace) -> None:
-    out, arrays = check_outputs(args)
+    if args.summary:
+        summarize(args)
+    else:
+        draw(args)
+    if not args.checkpoint:
+        print('No --checkpoint: this is the attention of an untrained model.', file=sys.stderr)
 
-    import numpy as np
 
-    from ls_vision.analysis import attention_sheet, pictures, zoo
+def load(args: argparse.Namespace) -> tuple[Any, Any]:
+    """The model, and the image (C, H, W) as bytes."""
+    from ls_vision.analysis import attention_sheet, zoo
 
-    pictures.check_available()
     model = zoo.load(args.model, args.checkpoint, args.model_kwargs)
     shorter = min(getattr(model, 'img_size', zoo.default_size(args.model)))
     size = None if args.img_size is None else zoo.parse_size(args.img_size)
     image = attention_sheet.load_image(args.image, size, shorter)
+    return model, image
+
+
+def summarize(args: argparse.Namespace) -> None:
+    """Prints the table, and writes its rows."""
+    out = None if args.out is None else check_output(args.out, '--out', '.json')
+
+    from ls_vision.analysis import attention_sheet
+    from ls_vision.analysis.summaries import table, use_of_summaries
+
+    model, image = load(args)
+    rows = use_of_summaries(attention_sheet.record_image(model, image))
+    print(table(rows))
+    if out is not None:
+        write_text(out, json.dumps([row.as_dict() for row in rows], indent=1) + '\n')
+
+
+def draw(args: argparse.Namespace) -> None:
+    """Writes the sheet and its arrays."""
+    args.out = args.out or Path('attention.png')
+    out, arrays = check_outputs(args)
+
+    import numpy as np
+
+    from ls_vision.analysis import attention_sheet, pictures
+
+    pictures.check_available()
+    model, image = load(args)
     weights = f'weights of {args.checkpoint.name}' if args.checkpoint else 'random weights'
     title = f'{args.model}, {weights}: {args.image.name} at {image.shape[1]} x {image.shape[2]}'
     sheet = attention_sheet.look(model, image, args.stage, args.block, share_of_image(args), title)
     attention_sheet.draw(sheet, out)
     with atomic_write(arrays) as file:
         np.savez_compressed(file, **sheet.arrays())  # type: ignore[arg-type]
-    if not args.checkpoint:
-        print('No --checkpoint: this is the attention of an untrained model.', file=sys.stderr)
     print(f'{out}, {arrays}')
 
 
