@@ -35,7 +35,8 @@ KERNELS = WINDOW_KERNELS
 
 
 def main():
-    functions = (measure, measure_sums, contracts, spills, launch, broken, nan_spreads, large_peaks, unneeded, tf32)
+    functions = (
+        measure, measure_sums, contracts, whole_model, spills, launch, broken, nan_spreads, large_peaks, unneeded, tf32)
     commands = {function.__name__: function for function in functions}
     for line in sys.stdin:
         command = json.loads(line)
@@ -175,6 +176,38 @@ def contracts():
         second = torch.autograd.grad(sum(x.square().sum() for x in first), inputs)
         answers.append(all(bool(x.isfinite().all()) and bool(x.any()) for x in second))
     return answers
+
+
+def whole_model():
+    """Largest errors of a model's gradients by the kernels on a pretended GPU, eager and compiled in one graph, as
+    fractions of the largest entries of those by portable operations."""
+    import timm
+
+    import ls_vision  # noqa: F401 (registers the models)
+    from ls_vision.ops import backends
+
+    torch.manual_seed(0)
+    model = timm.create_model(
+        'vil_ls_tiny_linear', img_size=32, embed_dims=(16,) * 4, depths=(1,) * 4, num_heads=2, window_size=2, rank=2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * .1)
+    x = torch.randn(2, 3, 32, 32)
+
+    def gradients(function):
+        model.zero_grad()
+        function(x).logsumexp(-1).mean().backward()
+        # a shift of all scores changes no softmax: that gradient is 0
+        return {name: p.grad.clone() for name, p in model.named_parameters()
+                if p.grad is not None and 'to_dynamic_projection.bias' not in name}
+
+    expected, errors = gradients(model), []
+    with mock.patch.object(backends, '_prefers_triton', lambda query: True):
+        for function in (model, torch.compile(model, backend='aot_eager', fullgraph=True)):
+            found = gradients(function)
+            errors.append(max(
+                float((found[n] - e).abs().max() / e.abs().max().clamp(min=1e-4)) for n, e in expected.items()))
+    return errors
 
 
 def spills(kernel, arch, dtype, **case):
@@ -452,6 +485,11 @@ def test_sums_over_all_tokens(interpreter, case):
 
 def test_operators_of_sums(interpreter):
     assert interpreter('contracts') == [True, True]
+
+
+def test_model_trains_by_kernels(interpreter):
+    eager, compiled = interpreter('whole_model')
+    assert eager < 1e-4 and compiled < 1e-4, (eager, compiled)
 
 
 def compile_cases():
