@@ -414,6 +414,7 @@ CASES = [
     dict(w=6, d=16, M=None, bias=True, H=7, W=8, h=1),
     dict(w=7, d=32, M=9, bias=True, H=9, W=15),
     dict(w=7, d=16, M=2, bias=True, H=3, W=2),
+    dict(w=7, d=16, M=1, bias=True, H=7, W=9, h=1),  # one window along an axis
     dict(w=8, d=16, M=None, bias=False, H=9, W=8),
     dict(w=12, d=16, M=3, bias=True, H=13, W=5, h=1),
     dict(w=16, d=16, M=70, bias=False, H=17, W=4, h=1),

@@ -27,7 +27,7 @@ import triton.language as tl
 _INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
 _LOG2E = tl.constexpr(1.4426950408889634)
 # One compiled kernel serves images of all sizes. Strides stay specialised: vectors are loaded where 16 divides them.
-_SIZES = ['B', 'H', 'W', 'tiles_y', 'tiles_x', 'splits', 'chunk', 'groups']
+_SIZES = ['B', 'H', 'W', 'tiles_y', 'tiles_x', 'offset_y', 'offset_x', 'splits', 'chunk', 'groups']
 _STATISTICS = ['peak_ptr', 'log_total_ptr']  # halves of a tensor: where the second begins depends on the size
 
 
@@ -413,12 +413,15 @@ def key_gradient_kernel(
         q_ptr, k_ptr, v_ptr, bias_ptr, peak_ptr, log_total_ptr, dout_ptr, delta_ptr, dk_ptr, dv_ptr,
         q_b, q_y, q_x, q_h, k_b, k_y, k_x, k_h, v_b, v_y, v_x, v_h,
         bias_h, bias_k, dout_b, dout_y, dout_x, dout_h,
-        B, h, H, W, tiles_y, tiles_x, scale,
+        B, h, H, W, tiles_y, tiles_x, offset_y, offset_x, scale,
         HEAD_DIM: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr, MARGIN: tl.constexpr,
         TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, HAS_BIAS: tl.constexpr,
         PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     """A block of a tile's keys against all queries whose squares they are in -> dk, dv, in (B, H, W, 2, h, d).
+
+    Tiles begin offset_y rows and offset_x columns before the grid's corner: the margin, or 0 along an axis of a single
+    window, whose keys one tile holds.
 
     Rows of the bias table are keys here: those of a window's square, (h, K, Q), if there is one window per tile, else
     those of a tile, and its columns the queries around the tile.
@@ -432,7 +435,7 @@ def key_gradient_kernel(
     program = tl.program_id(0)
     batch, head, tile = _locate(program // K_BLOCKS, tiles_y * tiles_x, B, h, HAS_BIAS)
     tile_y, tile_x = tile // tiles_x, tile % tiles_x
-    row0, col0 = tile_y * TILE_ROWS - MARGIN, tile_x * TILE_COLS - MARGIN
+    row0, col0 = tile_y * TILE_ROWS - offset_y, tile_x * TILE_COLS - offset_x
 
     k_index = program % K_BLOCKS * BLOCK_K + tl.arange(0, BLOCK_K)
     k_row, k_col = k_index // TILE_COLS, k_index % TILE_COLS

@@ -309,9 +309,12 @@ def backward(
     if needs[1]:
         grad_pair = buffer(pair.shape, pair.dtype, pair.device)
         dk, dv = grad_pair.unbind(3)
-        # key tiles begin p tokens before the grid
-        tiles_y, tiles_x = ceil_div(H + margin, side), ceil_div(W + margin, side)
-        own = dict(dk_ptr=dk, dv_ptr=dv, tiles_y=tiles_y, tiles_x=tiles_x, **_key_table(bias, window_size, query))
+        # key tiles begin p tokens before the grid, but where one window is all there is along an axis
+        offset_y, offset_x = (0 if size <= window_size == side else margin for size in (H, W))
+        tiles_y, tiles_x = ceil_div(H + offset_y, side), ceil_div(W + offset_x, side)
+        own = dict(
+            dk_ptr=dk, dv_ptr=dv, tiles_y=tiles_y, tiles_x=tiles_x, offset_y=offset_y, offset_x=offset_x,
+            **_key_table(bias, window_size, query))
         launch('key_gradient', B * h * tiles_y * tiles_x, {**arguments, **own}, query, BLOCK_K=side ** 2)
     if additional is not None and needs[2]:
         grad_additional = _additional_gradient(arguments, query, additional)
