@@ -17,7 +17,6 @@ def test_operators_are_opened_and_copy_little():
     layers = 22
     for kernel in ('query_gradient', 'key_gradient', 'additional_gradient', 'bias_gradient'):
         assert row.kernels[f'long_short_attention_backward: Triton {kernel}'] == layers
-    assert row.step <= 2700
+    assert row.step <= 1654 and gpu_launches.count('vil_ls_medium', 64, 224).step <= 1654  # those of Swin-S
     tokens = 64 * 56 ** 2 * 96 * 2  # bytes of the keys of one layer in the first stage
-    assert row.copied_forward < 2 * tokens  # by all layers; each copied all keys and values, in float32 too
-    assert row.copied_backward < 5 * tokens
+    assert row.copied_forward == 0 and row.copied_backward < tokens / 2  # by all layers
