@@ -88,13 +88,13 @@ def takes_kernels(tokens: Tensor, rows: int, others: Sequence[Tensor], is_global
         others: What else a kernel reads.
         is_global: Attention of global tokens, not summaries.
     """
-    asked = os.environ.get(BACKEND_ENV)
-    if asked not in (None, '', 'triton') or any(x.dtype != tokens.dtype for x in others):
+    asked = os.environ.get(BACKEND_ENV) or ('triton' if _prefers_triton(tokens) else None)
+    if asked != 'triton' or any(x.dtype != tokens.dtype for x in others):
         return False
     if triton.long_range.why_not(tokens, rows) is not None:
         return False
-    return asked == 'triton' or (
-        _prefers_triton(tokens) and triton.failure_of_sums(tokens, rows, is_global) is None)
+    named = bool(os.environ.get(BACKEND_ENV))  # then it is trusted
+    return named or triton.failure_of_sums(tokens, rows, is_global) is None
 
 
 def _prefers_triton(query: Tensor) -> bool:
