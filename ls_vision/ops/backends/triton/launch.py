@@ -79,6 +79,7 @@ _HOPPER_BLOCKS: Dict[str, Dict[int, List[Blocks]]] = {
 }
 _AMPERE_BLOCKS: Dict[str, Dict[int, List[Blocks]]] = {
     'forward': {
+        16: [Blocks(64, 32, 4, 3)],
         32: [Blocks(64, 64, 4, 2), Blocks(64, 32, 4, 3, 128)],
         64: [Blocks(64, 32, 4, 3)],
         128: [Blocks(32, 64, 8, 2)],
@@ -105,14 +106,13 @@ _FLOAT32_BLOCKS: Dict[str, Dict[int, List[Blocks]]] = {
     'forward': {
         32: [Blocks(64, 32, 8, 2, 255)],
         63: [Blocks(64, 32, 16, 2, 128)],  # masks of the unused channels take registers
-        64: [Blocks(64, 32, 8, 2, 255)],
+        64: [Blocks(32, 32, 8, 2, 255)],
         128: [Blocks(32, 32, 16, 2, 128)],
     },
     'query_gradient': {
         32: [Blocks(64, 32, 8, 2, 255)],
-        63: [Blocks(64, 32, 16, 2, 128)],  # masks of the unused channels take registers
-        64: [Blocks(64, 32, 8, 2, 255)],
-        128: [Blocks(32, 32, 16, 2, 128)],
+        64: [Blocks(32, 32, 8, 2, 255)],
+        128: [Blocks(16, 32, 8, 2, 255)],
     },
     'key_gradient': {64: [Blocks(32, 32, 8, 2, 255)], 128: [Blocks(16, 32, 8, 1, 255)]},
     'additional_gradient': {64: [Blocks(32, 32, 8, 2, 255)], 128: [Blocks(32, 32, 16, 2, 128)]},
