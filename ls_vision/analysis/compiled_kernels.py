@@ -8,11 +8,12 @@ import re
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Union
 
 import torch
 
 from ls_vision.ops.backends.triton import launch, long_range
+from ls_vision.ops.window import Window, make_window
 
 WINDOW_KERNELS = ('forward', 'query_gradient', 'key_gradient', 'additional_gradient', 'bias_gradient')
 SUM_KERNELS = ('summaries', 'summaries_gradient', 'global_attention', 'global_gradient', 'merge')
@@ -44,7 +45,7 @@ def compile_kernel(
         arch: int,
         dtype: torch.dtype,
         head_dim: int,
-        window_size: int = 7,
+        window_size: Union[int, tuple[int, int], Window] = 7,
         num_additional: int = 9,
         has_bias: bool = True,
         with_loops: bool = False,
@@ -56,7 +57,7 @@ def compile_kernel(
         arch: Compute capability times ten.
         dtype: Of the operands.
         head_dim: d.
-        window_size: w.
+        window_size: w, (rows, columns) or a `Window`.
         num_additional: M; of sums the number of rows.
         has_bias: Whether there is a position bias.
         with_loops: Disassemble it and count the loops' instructions.
@@ -65,7 +66,7 @@ def compile_kernel(
         constants = dict(
             long_range.constants(head_dim, num_additional, 2, dtype, False), M=num_additional, HAS_LSE=False)
     else:
-        constants = launch.constants(head_dim, window_size, num_additional, has_bias, dtype)
+        constants = launch.constants(head_dim, make_window(window_size), num_additional, has_bias, dtype)
     found = []
     for blocks in launch.block_shapes(kernel, head_dim, dtype, (arch // 10, arch % 10)):
         compiled = compile_ahead(kernel, arch, dtype, {**constants, **launch.compile_options(kernel, blocks)})

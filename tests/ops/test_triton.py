@@ -21,7 +21,7 @@ from ls_vision.analysis.compiled_kernels import SHARED_MEMORY, SUM_KERNELS, WIND
 from ls_vision.ops.backends.reference import reference_attention
 from ls_vision.ops.backends.triton import launch as launcher
 from ls_vision.ops.backends.triton import tuning
-from ls_vision.ops.window import make_window, num_keys, num_queries
+from ls_vision.ops.window import Window, make_window, num_keys, num_queries
 
 pytest.importorskip('triton')
 
@@ -43,9 +43,15 @@ def main():
         print(json.dumps(commands[command.pop('do')](**command)), flush=True)
 
 
+def to_window(w):
+    """Of what JSON makes of a window: a size, two of them, or two and two margins."""
+    return Window(*w) if isinstance(w, (list, tuple)) and len(w) == 4 else make_window(w)
+
+
 def draw(w, d, M, bias, H, W, B=2, h=2, dtype='float32', size=1.0, device='cpu'):
     """Arguments of an attention call, as slices of projections like the layers', and its output's gradient."""
-    generator = torch.Generator().manual_seed(w * 1000 + d)
+    window = to_window(w)
+    generator = torch.Generator().manual_seed(window.rows * 1000 + d)
 
     def randn(*shape):
         return torch.randn(*shape, generator=generator)
@@ -55,7 +61,7 @@ def draw(w, d, M, bias, H, W, B=2, h=2, dtype='float32', size=1.0, device='cpu')
         x[:, [0, -1]] = float('nan')  # other tokens, which are not to be read
         return x[:, 1:-1].unflatten(1, (H, W))
 
-    dtype, window = getattr(torch, dtype), make_window(w)
+    dtype = getattr(torch, dtype)
     query, pair = tokens(), tokens(2)
     additional = None if M is None else (randn(B, M, 2, h, d) * size).to(device, dtype)
     bias = randn(h, num_queries(window), num_keys(window)).to(device) if bias else None
@@ -210,9 +216,10 @@ def whole_model():
     return errors
 
 
-def spills(kernel, arch, dtype, **case):
+def spills(kernel, arch, dtype, window_size=7, **case):
     """Compiles a kernel with each of its block shapes -> bytes spilled, registers and shared memory of each."""
-    return [compiled._asdict() for compiled in compile_kernel(kernel, arch, getattr(torch, dtype), **case)]
+    return [compiled._asdict() for compiled in compile_kernel(
+        kernel, arch, getattr(torch, dtype), window_size=to_window(window_size), **case)]
 
 
 def launch(tune=False, **case):
@@ -310,7 +317,7 @@ def tf32():
             torch.set_float32_matmul_precision(precision)
         elif precision != 'none':
             matmul.fp32_precision = precision
-        answers.append(launcher.constants(16, 7, 0, False, torch.float32)['PRECISION'])
+        answers.append(launcher.constants(16, make_window(7), 0, False, torch.float32)['PRECISION'])
     return answers
 
 
@@ -421,8 +428,34 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize('case', CASES, ids=str)
+# rectangular windows, of one row and of one column, with margins of no, half and several windows
+RECTANGLES = [
+    dict(w=(1, 8), d=16, M=4, bias=True, H=1, W=37, B=1),
+    dict(w=(4, 16), d=16, M=3, bias=True, H=5, W=20, B=1, h=1),
+    dict(w=(2, 3), d=8, M=1, bias=True, H=5, W=8, B=1, h=1),
+    dict(w=(2, 3, 0, 4), d=16, M=2, bias=True, H=9, W=7, B=1, h=1),
+    dict(w=(2, 3, 5, 1), d=20, M=0, bias=False, H=9, W=7, B=1, h=1),
+    dict(w=(8, 1), d=16, M=5, bias=True, H=10, W=5, B=1, h=1),
+    # one window per tile, and margins wider than two of them
+    dict(w=(6, 5, 0, 11), d=16, M=None, bias=True, H=7, W=17, B=1, h=1),
+]
+MORE_RECTANGLES = [
+    dict(w=(1, 8), d=16, M=None, bias=False, H=1, W=70, h=1),
+    dict(w=(5, 2, 2, 0), d=16, M=None, bias=False, H=9, W=9, h=1),
+    dict(w=(3, 20, 4, 0), d=16, M=2, bias=True, H=10, W=25, h=1),
+    dict(w=(1, 1, 9, 17), d=16, M=None, bias=True, H=11, W=19, h=1),
+    dict(w=(6, 5, 13, 6), d=16, M=1, bias=True, H=31, W=17, h=1),
+]
+
+
+@pytest.mark.parametrize('case', [*CASES, *RECTANGLES], ids=str)
 def test_matches_reference(interpreter, case):
+    check(interpreter('measure', **case))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('case', MORE_RECTANGLES, ids=str)
+def test_more_rectangles_match_reference(interpreter, case):
     check(interpreter('measure', **case))
 
 
@@ -437,7 +470,7 @@ def test_small_blocks(interpreter, case):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('blocks', [(64, 64, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2)], ids=str)
-@pytest.mark.parametrize('case', CASES, ids=str)
+@pytest.mark.parametrize('case', [*CASES, *RECTANGLES, *MORE_RECTANGLES], ids=str)
 def test_launched_blocks(interpreter, case, blocks):
     check(interpreter('measure', blocks=blocks, **case))
 
@@ -446,6 +479,7 @@ def test_launched_blocks(interpreter, case, blocks):
 @pytest.mark.parametrize('case', [
     dict(w=7, d=32, M=9, bias=True, H=9, W=7, B=1),
     dict(w=2, d=80, M=4, bias=False, H=9, W=7, B=1),
+    dict(w=(1, 8), d=16, M=4, bias=True, H=1, W=37, B=1, h=1),
 ], ids=str)
 def test_half_precision(interpreter, case, dtype):
     check(interpreter('measure', **case, dtype=dtype), dtype)
@@ -462,7 +496,7 @@ def test_large_values(interpreter, size, dtype):
 if torch.cuda.is_available():
     @pytest.mark.parametrize('dtype', TOLERANCE)
     @pytest.mark.parametrize('case', [
-        *CASES,
+        *CASES, *RECTANGLES, *MORE_RECTANGLES,
         dict(w=7, d=32, M=9, bias=True, H=56, W=56, B=4, h=3),
         dict(w=8, d=64, M=65, bias=True, H=40, W=50, h=4),
         dict(w=2, d=80, M=4, bias=False, H=64, W=63, h=16),
@@ -512,6 +546,15 @@ def all_compile_cases():
                 yield kernel, arch, dtype, d, w, 65, bias
 
 
+def rectangular_compile_cases():
+    """The window of a sequence, a wide one with a tile of its own, and margins wider than a window."""
+    for kernel, (w, bias) in itertools.product(
+            ('forward', 'query_gradient', 'key_gradient', 'bias_gradient'),
+            (((1, 8), True), ((1, 8), False), ((4, 16), True), ((2, 3, 5, 4), True))):
+        if bias or kernel != 'bias_gradient':
+            yield kernel, 90, 'bfloat16', 64, w, 9, bias
+
+
 def check_compiled(answers, arch):
     for answer in answers:
         assert answer['spilled'] == 0, answer
@@ -541,7 +584,7 @@ def test_all_sums_compile_without_spills(compiler, kernel, arch, dtype, d, rows)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('kernel,arch,dtype,d,w,M,bias', list(all_compile_cases()))
+@pytest.mark.parametrize('kernel,arch,dtype,d,w,M,bias', [*all_compile_cases(), *rectangular_compile_cases()])
 def test_all_compile_without_spills(compiler, kernel, arch, dtype, d, w, M, bias):
     test_compiles_without_spills(compiler, kernel, arch, dtype, d, w, M, bias)
 
@@ -616,7 +659,7 @@ def test_tuned_launches(compiler):
 
 def test_strided_inputs_are_not_copied():
     (query, pair, _, additional, bias, scale), _ = draw(w=7, d=16, M=3, bias=True, H=8, W=8)
-    arguments = launcher._arguments(query, pair, 7, additional, bias, scale)
+    arguments = launcher._arguments(query, pair, make_window(7), additional, bias, scale)
     assert not pair.is_contiguous()
     key, value, more = pair[:, :, :, 0], pair[:, :, :, 1], additional.unbind(2)
     for name, x in (('q', query), ('k', key), ('v', value), ('ak', more[0]), ('av', more[1])):
@@ -627,20 +670,38 @@ def test_refuses_rows_beyond_32_bit_offsets():
     wide = torch.empty_strided((1, 2, 2 ** 20, 4, 16), (2 ** 27, 2 ** 26, 64, 16, 1), device='meta')
     pair = torch.empty((), device='meta').expand(1, 2, 2 ** 20, 2, 4, 16)
     with pytest.raises(ValueError, match=r'2\^31'):
-        launcher._arguments(wide, pair, 2, None, None, 1.)
+        launcher._arguments(wide, pair, make_window(2), None, None, 1.)
 
 
-def test_division_is_exact_up_to_the_largest_window():
-    """Token numbers are divided by multiplication and shift."""
-    side = 2 * launcher._LARGEST_WINDOW
-    index = torch.arange(side * side + 128)
-    assert torch.equal(index * (2 ** 20 // side + 1) >> 20, index // side)
+def largest(cols, rows):
+    """The largest window of so many columns and a multiple of `rows` that the kernels take."""
+    sizes = range(rows, 2 ** 20, rows)
+    return next(Window(n, cols, rows, cols) for n in sizes if launcher._no_window(Window(n + rows, cols, rows, cols)))
+
+
+@pytest.mark.parametrize('window', [make_window(50), largest(1, 1), largest(8, 16), largest(150, 1)], ids=str)
+def test_division_is_exact_up_to_the_largest_window(window):
+    """Token numbers are divided by multiplication and shift, in 32 bits."""
+    assert launcher._no_window(window) is None
+    for rows, cols in (launcher._keys_around_tile(window), launcher._queries_around_tile(window)):
+        index = torch.arange(rows * cols + launcher._LARGEST_BLOCK)
+        product = index * (2 ** 20 // cols + 1)
+        assert torch.equal(product >> 20, index // cols) and int(product.max()) < 2 ** 31
+
+
+@pytest.mark.parametrize('window,tile', [
+    (1, (8, 8)), (2, (8, 8)), (3, (6, 6)), (4, (8, 8)), (5, (5, 5)), (7, (7, 7)), (16, (16, 16)),
+    ((1, 8), (1, 64)), ((1, 24), (1, 48)), ((1, 100), (1, 100)), ((8, 1), (8, 8)), ((4, 16), (4, 16)),
+    ((16, 4), (16, 4)), ((2, 16), (4, 16)), ((2, 3), (8, 6)), ((100, 1), (100, 1)),
+], ids=str)
+def test_tiles_are_whole_windows(window, tile):
+    assert launcher.tile_size(make_window(window)) == tile
 
 
 @pytest.mark.parametrize('shape,window,reason', [
-    ((1, 4, 4, 1, 16), 49, 'windows of up to 48, not 49'),
+    ((1, 4, 4, 1, 16), 51, r'101 x 101 of them are too many, for \(51, 51, 25, 25\)'),
+    ((1, 4, 4, 1, 16), (1, 512), r'3 x 1024 of them are too many'),
     ((1, 4, 4, 1, 160), 7, 'head widths of up to 128, not 160'),
-    ((1, 4, 4, 1, 16), (2, 4), r'square windows'),
     ((1, 2, 2 ** 20, 4, 16), 2, r'less than 2\^31'),
 ])
 def test_names_the_size_that_it_does_not_take(shape, window, reason):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..numerics import allows_tf32
-from ..window import Window, num_keys, num_queries
+from ..window import Window, num_keys, num_queries, square_window
 
 # In the order in which backward functions return them.
 GRADIENTS = (
@@ -32,8 +32,14 @@ class Problem(NamedTuple):
 
     def __str__(self) -> str:
         return (
-            f'head width {self.head_dim}, window {self.window.rows}, {self.num_additional or "no"} additional keys, '
-            f'{"with" if self.has_bias else "no"} bias')
+            f'head width {self.head_dim}, window {_describe(self.window)}, '
+            f'{self.num_additional or "no"} additional keys, {"with" if self.has_bias else "no"} bias')
+
+
+def _describe(window: Window) -> str:
+    if window == square_window(window.rows):
+        return str(window.rows)
+    return f'{window.rows} x {window.cols} with margins {window.row_margin} and {window.col_margin}'
 
 
 class Sums(NamedTuple):

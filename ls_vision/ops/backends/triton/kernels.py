@@ -1,8 +1,8 @@
 """Fused Triton kernels of long-short attention, forward and backward, for windows of at least one token.
 
-Shapes: B batch, H x W grid of local tokens, h heads, d head width, D the next power of two, M additional keys,
-w window size, p key margin, Q = w * w queries and K = (w + 2p)^2 keys of a window; peak, log_total and delta
-(B, h, H, W) float32.
+Shapes: B batch, H x W grid of local tokens, h heads, d head width, D the next power of two, M additional keys; in a
+window Q queries and K keys, which reach over it by a margin on each side; peak, log_total and delta (B, h, H, W)
+float32.
 
 Everything is read from and written to the raster; no tile of keys is ever in memory. The unit of work is a tile of
 `TILE_ROWS` x `TILE_COLS` tokens, one window or several whole ones. A kernel owns a block of a tile's tokens and walks
@@ -10,9 +10,9 @@ over the tokens that these interact with. They are numbered row by row and taken
 divisions by constants. With one window per tile (`SINGLE`) any query and key that meet are in the same window. With
 several, pairs have to be masked.
 
-Forward, query gradient and bias gradient walk over the keys of a tile of queries: the tile grown by p on each side.
-The key gradient walks over the queries of a tile of keys. Its tiles begin p tokens before the grid's corner. Then
-their keys are in the squares of the tile's own windows and of the windows one before, but of no window after, and
+Forward, query gradient and bias gradient walk over the keys of a tile of queries: the tile grown by the margins. The
+key gradient walks over the queries of a tile of keys. Its tiles begin a margin before the grid's corner. Then their
+keys are among those of the tile's own windows and of the windows before, by default one, but of no window after, and
 there are no more pairs to visit than in the forward pass.
 
 Logits of pairs that do not exist are -inf. Weights are recomputed in the backward pass as
@@ -105,13 +105,15 @@ def _on_grid(row, col, H, W):
 
 
 @triton.jit
-def _in_square(q_row, q_col, k_row, k_col, WINDOW: tl.constexpr, MARGIN: tl.constexpr):
-    """Is the key in the square of the query's window? Coordinates broadcast, and are counted from the corner of some
-    window that no query lies before."""
-    SIDE: tl.constexpr = WINDOW + 2 * MARGIN
-    row = k_row - _divide(q_row, WINDOW) * WINDOW + MARGIN
-    col = k_col - _divide(q_col, WINDOW) * WINDOW + MARGIN
-    return _on_grid(row, col, SIDE, SIDE)
+def _in_window(
+        q_row, q_col, k_row, k_col,
+        WINDOW_ROWS: tl.constexpr, WINDOW_COLS: tl.constexpr, ROW_MARGIN: tl.constexpr, COL_MARGIN: tl.constexpr,
+):
+    """Is the key one of the query's window? Coordinates broadcast, and are counted from the corner of some window that
+    no query lies before."""
+    row = k_row - _divide(q_row, WINDOW_ROWS) * WINDOW_ROWS + ROW_MARGIN
+    col = k_col - _divide(q_col, WINDOW_COLS) * WINDOW_COLS + COL_MARGIN
+    return _on_grid(row, col, WINDOW_ROWS + 2 * ROW_MARGIN, WINDOW_COLS + 2 * COL_MARGIN)
 
 
 @triton.jit
@@ -133,17 +135,21 @@ def _query_block(block, TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, BLOCK_
 
 
 @triton.jit
-def _is_interior(row0, col0, H, W, MARGIN: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK_K: tl.constexpr):
+def _is_interior(
+        row0, col0, H, W, ROW_MARGIN: tl.constexpr, COL_MARGIN: tl.constexpr,
+        ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK_K: tl.constexpr,
+):
     """Are all keys of a tile on the grid, and those that the last block has too many as well?"""
     READ: tl.constexpr = ((ROWS * COLS + BLOCK_K - 1) // BLOCK_K * BLOCK_K + COLS - 1) // COLS
-    return (row0 >= MARGIN) & (col0 >= MARGIN) & (row0 + (READ - MARGIN) <= H) & (col0 + (COLS - MARGIN) <= W)
+    rows_inside = (row0 >= ROW_MARGIN) & (row0 + (READ - ROW_MARGIN) <= H)
+    return rows_inside & (col0 >= COL_MARGIN) & (col0 + (COLS - COL_MARGIN) <= W)
 
 
 @triton.jit
 def _load_window_keys(
         k_ptr, v_ptr, k_index, row0, col0, k_y, k_x, v_y, v_x, H, W,
-        HEAD_DIM: tl.constexpr, D: tl.constexpr, MARGIN: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-        INTERIOR: tl.constexpr,
+        HEAD_DIM: tl.constexpr, D: tl.constexpr, ROW_MARGIN: tl.constexpr, COL_MARGIN: tl.constexpr,
+        ROWS: tl.constexpr, COLS: tl.constexpr, INTERIOR: tl.constexpr,
 ):
     """Keys by their number in the ROWS x COLS tokens in and around a tile -> k, v (BLOCK_K, D), rows and columns
     counted from the tile's corner, which the pointers are at, and which of them exist (BLOCK_K,).
@@ -151,13 +157,13 @@ def _load_window_keys(
     Of an interior tile all can be read, and only those too many in the last block, in the row below, do not exist.
     """
     row = _divide(k_index, COLS)
-    row, col = row - MARGIN, k_index - row * COLS - MARGIN
+    row, col = row - ROW_MARGIN, k_index - row * COLS - COL_MARGIN
     if INTERIOR:
         inside = k_index < ROWS * COLS
         readable = tl.full(k_index.shape, True, tl.int1)
     else:
         # surplus keys of the last block lie in the row below the tile's last
-        inside = _on_grid(row0 + row, col0 + col, tl.minimum(row0 + (ROWS - MARGIN), H), W)
+        inside = _on_grid(row0 + row, col0 + col, tl.minimum(row0 + (ROWS - ROW_MARGIN), H), W)
         readable = inside
     k = _load_rows(k_ptr, row * k_y + col * k_x, readable, HEAD_DIM, D)
     v = _load_rows(v_ptr, row * v_y + col * v_x, readable, HEAD_DIM, D)
@@ -180,33 +186,37 @@ def _dot_logits(rows, cols, scale, PRECISION: tl.constexpr):
 @triton.jit
 def _window_logits(
         q, k, bias_ptr, bias_q, q_index, q_row, q_col, k_index, k_row, k_col, k_inside, scale,
-        WINDOW: tl.constexpr, MARGIN: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-        HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+        WINDOW_ROWS: tl.constexpr, WINDOW_COLS: tl.constexpr, ROW_MARGIN: tl.constexpr, COL_MARGIN: tl.constexpr,
+        QUERIES: tl.constexpr, KEYS: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Logits of a tile's queries and keys, of which there are QUERIES and KEYS in all. (BLOCK_Q, BLOCK_K)"""
     logits = _dot_logits(q, k, scale, PRECISION)
     if HAS_BIAS:  # after the product, to take no registers from it
         logits += _load_bias(bias_ptr, bias_q, q_index, k_index, QUERIES, KEYS)
-    elif QUERIES != WINDOW * WINDOW:
-        in_square = _in_square(q_row[:, None], q_col[:, None], k_row[None, :], k_col[None, :], WINDOW, MARGIN)
-        logits = tl.where(in_square, logits, float('-inf'))
+    elif QUERIES != WINDOW_ROWS * WINDOW_COLS:
+        in_window = _in_window(
+            q_row[:, None], q_col[:, None], k_row[None, :], k_col[None, :],
+            WINDOW_ROWS, WINDOW_COLS, ROW_MARGIN, COL_MARGIN)
+        logits = tl.where(in_window, logits, float('-inf'))
     return tl.where(k_inside[None, :], logits, float('-inf'))
 
 
 @triton.jit
 def _window_block(
         start, q, k_ptr, v_ptr, bias_ptr, bias_q, q_index, q_row, q_col, row0, col0, k_y, k_x, v_y, v_x, H, W, scale,
-        HEAD_DIM: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr, MARGIN: tl.constexpr,
+        HEAD_DIM: tl.constexpr, D: tl.constexpr,
+        WINDOW_ROWS: tl.constexpr, WINDOW_COLS: tl.constexpr, ROW_MARGIN: tl.constexpr, COL_MARGIN: tl.constexpr,
         QUERIES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, HAS_BIAS: tl.constexpr,
         PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, INTERIOR: tl.constexpr,
 ):
     """A block of a tile's keys -> its logits (BLOCK_Q, BLOCK_K), k, v (BLOCK_K, D)."""
     k_index = tl.multiple_of(start, BLOCK_K) + tl.arange(0, BLOCK_K)
     k, v, k_row, k_col, k_inside = _load_window_keys(
-        k_ptr, v_ptr, k_index, row0, col0, k_y, k_x, v_y, v_x, H, W, HEAD_DIM, D, MARGIN, ROWS, COLS, INTERIOR)
+        k_ptr, v_ptr, k_index, row0, col0, k_y, k_x, v_y, v_x, H, W, HEAD_DIM, D, ROW_MARGIN, COL_MARGIN,
+        ROWS, COLS, INTERIOR)
     logits = _window_logits(
         q, k, bias_ptr, bias_q, q_index, q_row, q_col, k_index, k_row, k_col, k_inside, scale,
-        WINDOW, MARGIN, QUERIES, ROWS * COLS, HAS_BIAS, PRECISION)
+        WINDOW_ROWS, WINDOW_COLS, ROW_MARGIN, COL_MARGIN, QUERIES, ROWS * COLS, HAS_BIAS, PRECISION)
     return logits, k, v
 
 
@@ -244,7 +254,8 @@ def forward_kernel(
         q_b, q_y, q_x, q_h, k_b, k_y, k_x, k_h, v_b, v_y, v_x, v_h,
         ak_b, ak_m, ak_h, av_b, av_m, av_h, bias_h, bias_q,
         B, h, H, W, tiles_y, tiles_x, scale,
-        HEAD_DIM: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr, MARGIN: tl.constexpr,
+        HEAD_DIM: tl.constexpr, D: tl.constexpr,
+        WINDOW_ROWS: tl.constexpr, WINDOW_COLS: tl.constexpr, ROW_MARGIN: tl.constexpr, COL_MARGIN: tl.constexpr,
         TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, M: tl.constexpr, HAS_BIAS: tl.constexpr,
         PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
 ):
@@ -252,8 +263,8 @@ def forward_kernel(
 
     Rows of the bias table are the queries of a tile, columns its keys, -inf where these are not in the same window.
     """
-    ROWS: tl.constexpr = TILE_ROWS + 2 * MARGIN
-    COLS: tl.constexpr = TILE_COLS + 2 * MARGIN
+    ROWS: tl.constexpr = TILE_ROWS + 2 * ROW_MARGIN
+    COLS: tl.constexpr = TILE_COLS + 2 * COL_MARGIN
     Q_BLOCKS: tl.constexpr = (TILE_ROWS * TILE_COLS + BLOCK_Q - 1) // BLOCK_Q
     program = tl.program_id(0)
     batch, head, tile = _locate(program // Q_BLOCKS, tiles_y * tiles_x, B, h, HAS_BIAS)
@@ -279,21 +290,21 @@ def forward_kernel(
     v_ptr += _corner(batch, head, row0, col0, v_b, v_y, v_x, v_h)
     bias_ptr += head * bias_h
     # of the rows outside the grid whole blocks are skipped, not parts, which keeps the bias table's vectors aligned
-    first = tl.maximum(MARGIN - row0, 0) * COLS // BLOCK_K * BLOCK_K
-    last = tl.minimum(ROWS, H - row0 + MARGIN) * COLS
-    if _is_interior(row0, col0, H, W, MARGIN, ROWS, COLS, BLOCK_K):
+    first = tl.maximum(ROW_MARGIN - row0, 0) * COLS // BLOCK_K * BLOCK_K
+    last = tl.minimum(ROWS, H - row0 + ROW_MARGIN) * COLS
+    if _is_interior(row0, col0, H, W, ROW_MARGIN, COL_MARGIN, ROWS, COLS, BLOCK_K):
         for start in range(first, last, BLOCK_K):
             logits, k, v = _window_block(
                 start, q, k_ptr, v_ptr, bias_ptr, bias_q, q_index, q_row, q_col, row0, col0, k_y, k_x, v_y, v_x, H, W,
-                scale, HEAD_DIM, D, WINDOW, MARGIN, TILE_ROWS * TILE_COLS, ROWS, COLS, HAS_BIAS, PRECISION, BLOCK_K,
-                True)
+                scale, HEAD_DIM, D, WINDOW_ROWS, WINDOW_COLS, ROW_MARGIN, COL_MARGIN, TILE_ROWS * TILE_COLS,
+                ROWS, COLS, HAS_BIAS, PRECISION, BLOCK_K, True)
             peak, total, acc = _accumulate(logits, v, peak, total, acc, PRECISION)
     else:
         for start in range(first, last, BLOCK_K):
             logits, k, v = _window_block(
                 start, q, k_ptr, v_ptr, bias_ptr, bias_q, q_index, q_row, q_col, row0, col0, k_y, k_x, v_y, v_x, H, W,
-                scale, HEAD_DIM, D, WINDOW, MARGIN, TILE_ROWS * TILE_COLS, ROWS, COLS, HAS_BIAS, PRECISION, BLOCK_K,
-                False)
+                scale, HEAD_DIM, D, WINDOW_ROWS, WINDOW_COLS, ROW_MARGIN, COL_MARGIN, TILE_ROWS * TILE_COLS,
+                ROWS, COLS, HAS_BIAS, PRECISION, BLOCK_K, False)
             peak, total, acc = _accumulate(logits, v, peak, total, acc, PRECISION)
 
     out_ptr += _token_corner(batch, head, row0, col0, h, H, W) * HEAD_DIM
@@ -319,13 +330,14 @@ def query_gradient_kernel(
         q_b, q_y, q_x, q_h, k_b, k_y, k_x, k_h, v_b, v_y, v_x, v_h,
         ak_b, ak_m, ak_h, av_b, av_m, av_h, bias_h, bias_q, dout_b, dout_y, dout_x, dout_h,
         B, h, H, W, tiles_y, tiles_x, scale,
-        HEAD_DIM: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr, MARGIN: tl.constexpr,
+        HEAD_DIM: tl.constexpr, D: tl.constexpr,
+        WINDOW_ROWS: tl.constexpr, WINDOW_COLS: tl.constexpr, ROW_MARGIN: tl.constexpr, COL_MARGIN: tl.constexpr,
         TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, M: tl.constexpr, HAS_BIAS: tl.constexpr,
         PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
 ):
     """The forward kernel's walk -> dq, and delta = sum(out * dout), which the other backward kernels need."""
-    ROWS: tl.constexpr = TILE_ROWS + 2 * MARGIN
-    COLS: tl.constexpr = TILE_COLS + 2 * MARGIN
+    ROWS: tl.constexpr = TILE_ROWS + 2 * ROW_MARGIN
+    COLS: tl.constexpr = TILE_COLS + 2 * COL_MARGIN
     Q_BLOCKS: tl.constexpr = (TILE_ROWS * TILE_COLS + BLOCK_Q - 1) // BLOCK_Q
     program = tl.program_id(0)
     batch, head, tile = _locate(program // Q_BLOCKS, tiles_y * tiles_x, B, h, HAS_BIAS)
@@ -358,21 +370,21 @@ def query_gradient_kernel(
     k_ptr += _corner(batch, head, row0, col0, k_b, k_y, k_x, k_h)
     v_ptr += _corner(batch, head, row0, col0, v_b, v_y, v_x, v_h)
     bias_ptr += head * bias_h
-    first = tl.maximum(MARGIN - row0, 0) * COLS // BLOCK_K * BLOCK_K
-    last = tl.minimum(ROWS, H - row0 + MARGIN) * COLS
-    if _is_interior(row0, col0, H, W, MARGIN, ROWS, COLS, BLOCK_K):
+    first = tl.maximum(ROW_MARGIN - row0, 0) * COLS // BLOCK_K * BLOCK_K
+    last = tl.minimum(ROWS, H - row0 + ROW_MARGIN) * COLS
+    if _is_interior(row0, col0, H, W, ROW_MARGIN, COL_MARGIN, ROWS, COLS, BLOCK_K):
         for start in range(first, last, BLOCK_K):
             logits, k, v = _window_block(
                 start, q, k_ptr, v_ptr, bias_ptr, bias_q, q_index, q_row, q_col, row0, col0, k_y, k_x, v_y, v_x, H, W,
-                scale, HEAD_DIM, D, WINDOW, MARGIN, TILE_ROWS * TILE_COLS, ROWS, COLS, HAS_BIAS, PRECISION, BLOCK_K,
-                True)
+                scale, HEAD_DIM, D, WINDOW_ROWS, WINDOW_COLS, ROW_MARGIN, COL_MARGIN, TILE_ROWS * TILE_COLS,
+                ROWS, COLS, HAS_BIAS, PRECISION, BLOCK_K, True)
             dq = _accumulate_query_gradient(logits, k, v, dout, peak, log_total, delta, scale, dq, PRECISION)
     else:
         for start in range(first, last, BLOCK_K):
             logits, k, v = _window_block(
                 start, q, k_ptr, v_ptr, bias_ptr, bias_q, q_index, q_row, q_col, row0, col0, k_y, k_x, v_y, v_x, H, W,
-                scale, HEAD_DIM, D, WINDOW, MARGIN, TILE_ROWS * TILE_COLS, ROWS, COLS, HAS_BIAS, PRECISION, BLOCK_K,
-                False)
+                scale, HEAD_DIM, D, WINDOW_ROWS, WINDOW_COLS, ROW_MARGIN, COL_MARGIN, TILE_ROWS * TILE_COLS,
+                ROWS, COLS, HAS_BIAS, PRECISION, BLOCK_K, False)
             dq = _accumulate_query_gradient(logits, k, v, dout, peak, log_total, delta, scale, dq, PRECISION)
     _store_rows(dq_ptr + corner, offset, dq, q_valid, HEAD_DIM, D)
 
@@ -414,27 +426,29 @@ def key_gradient_kernel(
         q_b, q_y, q_x, q_h, k_b, k_y, k_x, k_h, v_b, v_y, v_x, v_h,
         bias_h, bias_k, dout_b, dout_y, dout_x, dout_h,
         B, h, H, W, tiles_y, tiles_x, offset_y, offset_x, scale,
-        HEAD_DIM: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr, MARGIN: tl.constexpr,
+        HEAD_DIM: tl.constexpr, D: tl.constexpr,
+        WINDOW_ROWS: tl.constexpr, WINDOW_COLS: tl.constexpr, ROW_MARGIN: tl.constexpr, COL_MARGIN: tl.constexpr,
         TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, HAS_BIAS: tl.constexpr,
         PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
-    """A block of a tile's keys against all queries whose squares they are in -> dk, dv, in (B, H, W, 2, h, d).
+    """A block of a tile's keys against all queries whose windows have them -> dk, dv, in (B, H, W, 2, h, d).
 
-    Tiles begin offset_y rows and offset_x columns before the grid's corner: the margin, or 0 along an axis of a single
-    window, whose keys one tile holds.
-
-    Rows of the bias table are keys here: those of a window's square, (h, K, Q), if there is one window per tile, else
-    those of a tile, and its columns the queries around the tile.
+    Rows of the bias table are keys here: those of a window, (h, K, Q), if there is one window per tile, else those of
+    a tile, and its columns the queries around the tile. Tiles begin offset_y rows and offset_x columns before the
+    grid's corner: the margin, or 0 along an axis of a single window, whose keys one tile holds. Tiles of a margin
+    without a token of the grid are left out.
     """
     TILE: tl.constexpr = TILE_ROWS * TILE_COLS
-    SINGLE: tl.constexpr = TILE == WINDOW * WINDOW
-    SIDE: tl.constexpr = WINDOW + 2 * MARGIN
+    SINGLE: tl.constexpr = TILE == WINDOW_ROWS * WINDOW_COLS
+    KEY_ROWS: tl.constexpr = WINDOW_ROWS + 2 * ROW_MARGIN
+    KEY_COLS: tl.constexpr = WINDOW_COLS + 2 * COL_MARGIN
     K_BLOCKS: tl.constexpr = (TILE + BLOCK_K - 1) // BLOCK_K
-    # windows before the tile's own whose squares reach into it
-    BEFORE: tl.constexpr = 2 if WINDOW == 1 else 1
+    # windows before the tile's own whose keys reach into it
+    ROWS_BEFORE: tl.constexpr = (2 * ROW_MARGIN + WINDOW_ROWS - 1) // WINDOW_ROWS
+    COLS_BEFORE: tl.constexpr = (2 * COL_MARGIN + WINDOW_COLS - 1) // WINDOW_COLS
     program = tl.program_id(0)
     batch, head, tile = _locate(program // K_BLOCKS, tiles_y * tiles_x, B, h, HAS_BIAS)
-    tile_y, tile_x = tile // tiles_x, tile % tiles_x
+    tile_y, tile_x = tile // tiles_x + offset_y // TILE_ROWS, tile % tiles_x + offset_x // TILE_COLS
     row0, col0 = tile_y * TILE_ROWS - offset_y, tile_x * TILE_COLS - offset_x
 
     k_index = program % K_BLOCKS * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -449,35 +463,38 @@ def key_gradient_kernel(
     dk = tl.zeros((BLOCK_K, D), tl.float32)
     dv = tl.zeros((BLOCK_K, D), tl.float32)
     if SINGLE:
-        # window by window: the positions of the keys in the square do not depend on the query then
+        # window by window: the numbers of the keys in it do not depend on the query then
         Q_BLOCKS: tl.constexpr = (TILE + BLOCK_Q - 1) // BLOCK_Q
-        first_y, first_x = tl.maximum(tile_y - BEFORE, 0), tl.maximum(tile_x - BEFORE, 0)
-        windows_y = tl.minimum(tile_y, (H - 1) // WINDOW) - first_y + 1
-        windows_x = tl.minimum(tile_x, (W - 1) // WINDOW) - first_x + 1
+        first_y, first_x = tl.maximum(tile_y - ROWS_BEFORE, 0), tl.maximum(tile_x - COLS_BEFORE, 0)
+        windows_y = tl.minimum(tile_y, (H - 1) // WINDOW_ROWS) - first_y + 1
+        windows_x = tl.minimum(tile_x, (W - 1) // WINDOW_COLS) - first_x + 1
         for step in range(0, windows_y * windows_x * Q_BLOCKS):
-            # there are one or two windows in a row
             window = step // Q_BLOCKS
-            window_row = (first_y + (window >> (windows_x - 1))) * WINDOW
-            window_col = (first_x + (window & (windows_x - 1))) * WINDOW
-            q_index, q_row, q_col, q_valid = _query_block(step % Q_BLOCKS, WINDOW, WINDOW, BLOCK_Q)
+            if COLS_BEFORE <= 1:  # one or two windows in a row, no division
+                window_y, window_x = window >> (windows_x - 1), window & (windows_x - 1)
+            else:
+                window_y, window_x = window // windows_x, window % windows_x
+            window_row, window_col = (first_y + window_y) * WINDOW_ROWS, (first_x + window_x) * WINDOW_COLS
+            q_index, q_row, q_col, q_valid = _query_block(step % Q_BLOCKS, WINDOW_ROWS, WINDOW_COLS, BLOCK_Q)
             q_valid = q_valid & _on_grid(window_row + q_row, window_col + q_col, H, W)
             q, dout, peak, log_total, delta = _load_queries(
                 q_ptr, dout_ptr, peak_ptr, log_total_ptr, delta_ptr, batch, head, window_row, window_col,
                 q_row, q_col, q_valid,
                 q_b, q_y, q_x, q_h, dout_b, dout_y, dout_x, dout_h, h, H, W, HEAD_DIM, D)
             logits = _dot_logits(k, q, scale, PRECISION)
-            square_row, square_col = row0 - window_row + k_row + MARGIN, col0 - window_col + k_col + MARGIN
-            in_square = (square_row < SIDE) & (square_col < SIDE) & (k_index < TILE)
+            key_row, key_col = row0 - window_row + k_row + ROW_MARGIN, col0 - window_col + k_col + COL_MARGIN
+            in_window = (key_row < KEY_ROWS) & (key_col < KEY_COLS) & (k_index < TILE)
             if HAS_BIAS:
-                position = tl.where(in_square, square_row * SIDE + square_col, SIDE * SIDE)
-                logits += _load_bias(bias_ptr, bias_k, position, q_index, SIDE * SIDE, TILE)
-            logits = tl.where(in_square[:, None], logits, float('-inf'))
+                number = tl.where(in_window, key_row * KEY_COLS + key_col, KEY_ROWS * KEY_COLS)
+                logits += _load_bias(bias_ptr, bias_k, number, q_index, KEY_ROWS * KEY_COLS, TILE)
+            logits = tl.where(in_window[:, None], logits, float('-inf'))
             dk, dv = _accumulate_key_gradient(logits, q, v, dout, peak, log_total, delta, scale, dk, dv, PRECISION)
     else:
         # all queries around the tile row by row, from the first window before it; pairs are masked
-        COLS: tl.constexpr = TILE_COLS + BEFORE * WINDOW
-        ROWS: tl.constexpr = TILE_ROWS + BEFORE * WINDOW
-        q_row0, q_col0 = tile_y * TILE_ROWS - BEFORE * WINDOW, tile_x * TILE_COLS - BEFORE * WINDOW
+        ROWS: tl.constexpr = TILE_ROWS + ROWS_BEFORE * WINDOW_ROWS
+        COLS: tl.constexpr = TILE_COLS + COLS_BEFORE * WINDOW_COLS
+        q_row0 = tile_y * TILE_ROWS - ROWS_BEFORE * WINDOW_ROWS
+        q_col0 = tile_x * TILE_COLS - COLS_BEFORE * WINDOW_COLS
         first = tl.maximum(-q_row0, 0) * COLS // BLOCK_Q * BLOCK_Q
         last = tl.minimum(ROWS, H - q_row0) * COLS
         for start in range(first, last, BLOCK_Q):
@@ -492,10 +509,10 @@ def key_gradient_kernel(
             if HAS_BIAS:
                 logits += _load_bias(bias_ptr, bias_k, k_index, q_index, TILE, ROWS * COLS)
             else:
-                in_square = _in_square(
+                in_window = _in_window(
                     q_row[None, :], q_col[None, :], (k_row + (row0 - q_row0))[:, None],
-                    (k_col + (col0 - q_col0))[:, None], WINDOW, MARGIN)
-                logits = tl.where(in_square, logits, float('-inf'))
+                    (k_col + (col0 - q_col0))[:, None], WINDOW_ROWS, WINDOW_COLS, ROW_MARGIN, COL_MARGIN)
+                logits = tl.where(in_window, logits, float('-inf'))
             dk, dv = _accumulate_key_gradient(logits, q, v, dout, peak, log_total, delta, scale, dk, dv, PRECISION)
 
     # gradients of keys and values lie side by side, as if they were of twice as many heads
@@ -547,7 +564,7 @@ def bias_gradient_kernel(
         q_b, q_y, q_x, q_h, k_b, k_y, k_x, k_h, v_b, v_y, v_x, v_h,
         bias_h, bias_q, dout_b, dout_y, dout_x, dout_h,
         B, h, H, W, tiles_y, tiles_x, groups, scale,
-        HEAD_DIM: tl.constexpr, D: tl.constexpr, MARGIN: tl.constexpr,
+        HEAD_DIM: tl.constexpr, D: tl.constexpr, ROW_MARGIN: tl.constexpr, COL_MARGIN: tl.constexpr,
         TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr,
         PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
@@ -555,8 +572,8 @@ def bias_gradient_kernel(
 
     The sum over tiles stays in registers. -> (groups, h, queries of a tile, keys of a tile), both in whole blocks.
     """
-    ROWS: tl.constexpr = TILE_ROWS + 2 * MARGIN
-    COLS: tl.constexpr = TILE_COLS + 2 * MARGIN
+    ROWS: tl.constexpr = TILE_ROWS + 2 * ROW_MARGIN
+    COLS: tl.constexpr = TILE_COLS + 2 * COL_MARGIN
     Q_BLOCKS: tl.constexpr = (TILE_ROWS * TILE_COLS + BLOCK_Q - 1) // BLOCK_Q
     K_BLOCKS: tl.constexpr = (ROWS * COLS + BLOCK_K - 1) // BLOCK_K
     program = tl.program_id(0)
@@ -580,7 +597,7 @@ def bias_gradient_kernel(
         v_corner = _corner(batch, head, row0, col0, v_b, v_y, v_x, v_h)
         k, v, _, _, k_inside = _load_window_keys(
             k_ptr + k_corner, v_ptr + v_corner, k_index, row0, col0, k_y, k_x, v_y, v_x, H, W,
-            HEAD_DIM, D, MARGIN, ROWS, COLS, False)
+            HEAD_DIM, D, ROW_MARGIN, COL_MARGIN, ROWS, COLS, False)
         logits = tl.where(k_inside[None, :], _dot_logits(q, k, scale, PRECISION) + bias, float('-inf'))
         # what the bias makes of queries outside the grid must not be infinite, as it is multiplied by zeros
         peak = tl.where(q_inside, peak, float('inf'))

@@ -1,7 +1,6 @@
 """Launches the fused kernels of long-short attention: tiles, block shapes, bias tables, buffers.
 
-Shapes: B batch, H x W grid, h heads, d head width, M additional keys, w window size, p key margin, Q = w * w queries
-and K = (w + 2p)^2 keys of a window.
+Shapes: B batch, H x W grid, h heads, d head width, M additional keys; Q queries and K keys of a window.
 
 Triton is imported on first use: there are builds of PyTorch without it.
 """
@@ -18,14 +17,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...numerics import allows_tf32
-from ...window import Window, square_window
+from ...window import Window, key_size
 from ..blocked import blocked_backward
 from . import tuning
 
-# Tokens on a side of a tile, unless one window is wider.
+# Tokens on a side of a tile and in all of it, unless one window is larger.
 _TILE_SIDE = 8
-# Beyond it the kernels' way to divide token numbers is not exact.
-_LARGEST_WINDOW = 48
+_TILE_TOKENS = 64
+# The kernels divide a token's number by the columns of a rectangle exactly up to this product of both. In so many rows
+# a factor of the division has 32 bits.
+_DIVISION_LIMIT = 2 ** 20
+_LARGEST_ROWS = 1024
+# The last block of a rectangle's tokens reaches over it by less than the largest block.
+_LARGEST_BLOCK = 256
 # Block shapes are chosen for head widths up to this.
 _LARGEST_HEAD = 128
 # Rows of bias tables are padded to a multiple of this, which kernels rely on to read whole vectors.
@@ -34,6 +38,10 @@ _TABLE_ROW = 16
 # GPU a few times, which bounds the partial sums; each has at least some blocks to add up.
 _REDUCTION_PROGRAMS = 1024
 _REDUCTION_STEPS = 4
+
+# Compile-time arguments that the choice of a block shape depends on.
+_CHOICE = (
+    'HEAD_DIM', 'WINDOW_ROWS', 'WINDOW_COLS', 'ROW_MARGIN', 'COL_MARGIN', 'M', 'HAS_BIAS', 'R', 'KINDS', 'PRECISION')
 
 Arguments = Dict[str, Any]
 Gradients = Tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor], Optional[Tensor]]
@@ -163,15 +171,23 @@ def _no_device(device: torch.device, dtype: torch.dtype) -> Optional[str]:
 
 def _no_size(query: Tensor, window: Window) -> Optional[str]:
     _, _, W, h, d = query.shape
-    if window != square_window(window.rows):
-        return f'the kernels take square windows with a margin of half a window, not {tuple(window)}'
-    if window.rows > _LARGEST_WINDOW:
-        return f'the kernels take windows of up to {_LARGEST_WINDOW}, not {window.rows}'
+    if _no_window(window):
+        return _no_window(window)
     if no_head(d):
         return no_head(d)
-    rows = max(tile_side(window.rows) + 2 * window.row_margin, 64)
+    rows = _rows_of_tile(window)
     if rows * 3 * W * h * d >= 2 ** 31:
         return f'{rows} rows of queries, keys and values must span less than 2^31 elements, not {rows * 3 * W * h * d}'
+    return None
+
+
+def _no_window(window: Window) -> Optional[str]:
+    for rows, cols in (_keys_around_tile(window), _queries_around_tile(window)):
+        if rows > _LARGEST_ROWS or (rows * cols + _LARGEST_BLOCK) * cols > _DIVISION_LIMIT:
+            return (
+                f'the kernels number the tokens around a window, and {rows} x {cols} of them are too many, for '
+                f'{tuple(window)}: rows may be up to {_LARGEST_ROWS} and (rows * columns + {_LARGEST_BLOCK}) * columns '
+                f'up to {_DIVISION_LIMIT}')
     return None
 
 
@@ -182,9 +198,40 @@ def no_head(head_dim: int) -> Optional[str]:
     return None
 
 
-def tile_side(window_size: int) -> int:
-    """Tokens on a side of a tile: 8 x 8, 4 x 4, 2 x 2, 2 x 2 windows for w = 1, 2, 3, 4, else one window."""
-    return max(_TILE_SIDE // window_size, 1) * window_size
+def tile_size(window: Window) -> Tuple[int, int]:
+    """Rows and columns of a tile: as many windows as fit, 8 x 8, 4 x 4, 2 x 2, 2 x 2 for w = 1, 2, 3, 4, else one.
+
+    A tile of windows of one row, such as those of sequences, is a row itself.
+    """
+    rows, cols, *_ = window
+    if rows == 1 and cols > 1:
+        most_rows, most_cols = 1, _TILE_TOKENS
+    else:
+        most_rows, most_cols = min(_TILE_SIDE, _TILE_TOKENS // cols), min(_TILE_SIDE, _TILE_TOKENS // rows)
+    return max(most_rows // rows, 1) * rows, max(most_cols // cols, 1) * cols
+
+
+def windows_before(window: Window) -> Tuple[int, int]:
+    """How many windows before a tile of keys, along each axis, reach into it; the tile begins a margin before its own.
+    """
+    return ceil_div(2 * window.row_margin, window.rows), ceil_div(2 * window.col_margin, window.cols)
+
+
+def _keys_around_tile(window: Window) -> Tuple[int, int]:
+    """Rows and columns of all keys that a tile's queries see."""
+    rows, cols = tile_size(window)
+    return rows + 2 * window.row_margin, cols + 2 * window.col_margin
+
+
+def _queries_around_tile(window: Window) -> Tuple[int, int]:
+    """Rows and columns of all queries that see a tile's keys."""
+    (rows, cols), before = tile_size(window), windows_before(window)
+    return rows + before[0] * window.rows, cols + before[1] * window.cols
+
+
+def _rows_of_tile(window: Window) -> int:
+    """The most rows of the grid that a kernel counts offsets in, which are 32 bit."""
+    return max(_keys_around_tile(window)[0], _queries_around_tile(window)[0], 64)
 
 
 def block_shapes(kernel: str, head_dim: int, dtype: torch.dtype, capability: Tuple[int, int]) -> List[Blocks]:
@@ -197,17 +244,19 @@ def block_shapes(kernel: str, head_dim: int, dtype: torch.dtype, capability: Tup
     return next(shapes for width, shapes in sorted(table[kernel].items()) if head_dim <= width)
 
 
-def constants(head_dim: int, window_size: int, num_additional: int, has_bias: bool, dtype: torch.dtype) -> Arguments:
+def constants(head_dim: int, window: Window, num_additional: int, has_bias: bool, dtype: torch.dtype) -> Arguments:
     """Compile-time arguments of the kernels, but for block shapes."""
-    side = tile_side(window_size)
+    tile_rows, tile_cols = tile_size(window)
     block_m = max(power_of_two(num_additional), 16)
     return dict(
         HEAD_DIM=head_dim,
         D=max(power_of_two(head_dim), 16),  # the least that tensor cores take
-        WINDOW=window_size,
-        MARGIN=square_window(window_size).row_margin,
-        TILE_ROWS=side,
-        TILE_COLS=side,
+        WINDOW_ROWS=window.rows,
+        WINDOW_COLS=window.cols,
+        ROW_MARGIN=window.row_margin,
+        COL_MARGIN=window.col_margin,
+        TILE_ROWS=tile_rows,
+        TILE_COLS=tile_cols,
         M=num_additional,
         # of the loop over additional keys, and of the kernel that owns some of them
         BLOCK_M=min(block_m, 32),
@@ -258,13 +307,12 @@ def forward(
             exponentials relative to it.
     """
     B, H, W, h, d = query.shape
-    window_size = window.rows
     out = buffer((B, H, W, h, d), query.dtype, query.device)
     statistics = buffer((2, B, h, H, W), torch.float32, query.device)
-    arguments = _arguments(query, pair, window_size, additional, bias, scale)
-    arguments.update(out_ptr=out, **_statistics(statistics), **_query_table(bias, window_size, query))
+    arguments = _arguments(query, pair, window, additional, bias, scale)
+    arguments.update(out_ptr=out, **_statistics(statistics), **_query_table(bias, window, query))
     tiles = B * h * arguments['tiles_y'] * arguments['tiles_x']
-    launch('forward', tiles, arguments, query, BLOCK_Q=tile_side(window_size) ** 2)
+    launch('forward', tiles, arguments, query, BLOCK_Q=math.prod(tile_size(window)))
     return out, statistics
 
 
@@ -293,35 +341,45 @@ def backward(
         return blocked_backward(
             grad_out, grad_lse, query, pair, window, additional, bias, scale, out, statistics, needs)
     B, H, W, h, _ = query.shape
-    window_size, margin = window.rows, window.row_margin
-    side = tile_side(window_size)
-    arguments = _arguments(query, pair, window_size, additional, bias, scale)
+    tile_rows, tile_cols = tile_size(window)
+    arguments = _arguments(query, pair, window, additional, bias, scale)
     delta = buffer((B, h, H, W), torch.float32, query.device)
     grad_query = buffer(query.shape, query.dtype, query.device)
     grad_pair = grad_additional = grad_bias = None
     arguments.update(out_ptr=out.contiguous(), delta_ptr=delta, **_statistics(statistics.contiguous()))
     arguments.update(**_token_arguments('dout', readable(grad_out, query.dtype)))
-    query_table = _query_table(bias, window_size, query)
+    query_table = _query_table(bias, window, query)
     tiles = B * h * arguments['tiles_y'] * arguments['tiles_x']
 
     # fills in delta for the others, so it comes first and is never left out
-    launch('query_gradient', tiles, {**arguments, **query_table, 'dq_ptr': grad_query}, query, BLOCK_Q=side ** 2)
+    launch(
+        'query_gradient', tiles, {**arguments, **query_table, 'dq_ptr': grad_query}, query,
+        BLOCK_Q=tile_rows * tile_cols)
     if needs[1]:
         grad_pair = buffer(pair.shape, pair.dtype, pair.device)
         dk, dv = grad_pair.unbind(3)
-        # key tiles begin p tokens before the grid, but where one window is all there is along an axis
-        offset_y, offset_x = (0 if size <= window_size == side else margin for size in (H, W))
-        tiles_y, tiles_x = ceil_div(H + offset_y, side), ceil_div(W + offset_x, side)
+        # key tiles begin a margin before the grid, but where one window is all there is along an axis
+        single = (tile_rows, tile_cols) == (window.rows, window.cols)
+        offset_y = 0 if single and H <= window.rows else window.row_margin
+        offset_x = 0 if single and W <= window.cols else window.col_margin
+        tiles_y, tiles_x = _key_tiles(H, tile_rows, offset_y), _key_tiles(W, tile_cols, offset_x)
         own = dict(
             dk_ptr=dk, dv_ptr=dv, tiles_y=tiles_y, tiles_x=tiles_x, offset_y=offset_y, offset_x=offset_x,
-            **_key_table(bias, window_size, query))
-        launch('key_gradient', B * h * tiles_y * tiles_x, {**arguments, **own}, query, BLOCK_K=side ** 2)
+            **_key_table(bias, window, query))
+        launch(
+            'key_gradient', B * h * tiles_y * tiles_x, {**arguments, **own}, query, BLOCK_K=tile_rows * tile_cols)
     if additional is not None and needs[2]:
         grad_additional = _additional_gradient(arguments, query, additional)
     if bias is not None and needs[3]:
-        grad_bias = _bias_gradient({**arguments, **query_table}, query, window_size)
+        grad_bias = _bias_gradient({**arguments, **query_table}, query, window)
         grad_bias = grad_bias.to(bias.dtype).contiguous()
     return grad_query if needs[0] else None, grad_pair, grad_additional, grad_bias
+
+
+def _key_tiles(length: int, size: int, margin: int) -> int:
+    """Tiles of keys along an axis of `length` tokens: the first begins a margin before it; any before it do not count.
+    """
+    return ceil_div(length + margin, size) - margin // size
 
 
 def _statistics(statistics: Tensor) -> Arguments:
@@ -350,11 +408,11 @@ def sum_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
     return (parts[0] if parts.shape[0] == 1 else parts.sum(0)).to(dtype)
 
 
-def _bias_gradient(arguments: Arguments, query: Tensor, window_size: int) -> Tensor:
+def _bias_gradient(arguments: Arguments, query: Tensor, window: Window) -> Tensor:
     B, h = query.shape[0], query.shape[3]
-    side, margin = tile_side(window_size), square_window(window_size).row_margin
+    queries, keys = math.prod(tile_size(window)), math.prod(_keys_around_tile(window))
     blocks = _blocks('bias_gradient', query)[0]
-    q_blocks, k_blocks = ceil_div(side ** 2, blocks.queries), ceil_div((side + 2 * margin) ** 2, blocks.keys)
+    q_blocks, k_blocks = ceil_div(queries, blocks.queries), ceil_div(keys, blocks.keys)
     pairs = h * q_blocks * k_blocks
     tiles = B * arguments['tiles_y'] * arguments['tiles_x']
     steps = max(ceil_div(tiles * pairs, _REDUCTION_PROGRAMS), _REDUCTION_STEPS)
@@ -364,20 +422,20 @@ def _bias_gradient(arguments: Arguments, query: Tensor, window_size: int) -> Ten
     dbias = buffer(shape, torch.float32, query.device)
     launch('bias_gradient', pairs * groups, {**arguments, 'dbias_ptr': dbias, 'groups': groups}, query)
     total = sum_parts(dbias, torch.float32)
-    return _fold_windows(total[:, :side ** 2, :(side + 2 * margin) ** 2], window_size)
+    return _fold_windows(total[:, :queries, :keys], window)
 
 
-def _fold_windows(x: Tensor, window_size: int) -> Tensor:
-    """Sums the pairs of a tile, (h, side^2, (side + 2p)^2), over its windows -> (h, Q, K)."""
-    w, side, margin = window_size, tile_side(window_size), square_window(window_size).row_margin
-    span = w + 2 * margin
-    if side == w:
+def _fold_windows(x: Tensor, window: Window) -> Tensor:
+    """Sums the pairs of a tile, (h, queries, keys), over its windows -> (h, Q, K)."""
+    rows, cols = tile_size(window)
+    if (rows, cols) == window[:2]:
         return x
-    x = x.unflatten(1, (side, side)).unflatten(3, (side + 2 * margin, side + 2 * margin))
+    key_rows, key_cols = key_size(window)
+    x = x.unflatten(1, (rows, cols)).unflatten(3, _keys_around_tile(window))
     windows = [
-        x[:, i:i + w, j:j + w, i:i + span, j:j + span].reshape(-1, w * w, span * span)
-        for i in range(0, side, w)
-        for j in range(0, side, w)
+        x[:, i:i + window.rows, j:j + window.cols, i:i + key_rows, j:j + key_cols].flatten(3).flatten(1, 2)
+        for i in range(0, rows, window.rows)
+        for j in range(0, cols, window.cols)
     ]
     return functools.reduce(torch.add, windows)
 
@@ -385,16 +443,17 @@ def _fold_windows(x: Tensor, window_size: int) -> Tensor:
 def _arguments(
         query: Tensor,
         pair: Tensor,
-        window_size: int,
+        window: Window,
         additional: Optional[Tensor],
         bias: Optional[Tensor],
         scale: float,
 ) -> Arguments:
     """What the kernels have in common, by the names of their parameters."""
     B, H, W, h, d = query.shape
-    side = tile_side(window_size)
+    tile_rows, tile_cols = tile_size(window)
     M = 0 if additional is None else additional.shape[1]
-    arguments: Arguments = dict(B=B, h=h, H=H, W=W, tiles_y=ceil_div(H, side), tiles_x=ceil_div(W, side), scale=scale)
+    arguments: Arguments = dict(
+        B=B, h=h, H=H, W=W, tiles_y=ceil_div(H, tile_rows), tiles_x=ceil_div(W, tile_cols), scale=scale)
     key, value = readable(pair, query.dtype).unbind(3)
     for name, x in (('q', readable(query, query.dtype)), ('k', key), ('v', value)):
         arguments.update(_token_arguments(name, x))
@@ -403,9 +462,8 @@ def _arguments(
     for name, x in (('ak', ak), ('av', av)):
         b, m, *_, head, _ = x.stride()
         arguments.update({f'{name}_ptr': x, f'{name}_b': b, f'{name}_m': m, f'{name}_h': head})
-    arguments.update(constants(d, window_size, M, bias is not None, query.dtype))
-    # offsets within a tile are 32 bit
-    rows = max(side + 2 * square_window(window_size).row_margin, 64)
+    arguments.update(constants(d, window, M, bias is not None, query.dtype))
+    rows = _rows_of_tile(window)
     if rows * max(arguments['q_y'], arguments['k_y'], arguments['v_y'], 2 * W * h * d) >= 2 ** 31:
         raise ValueError(
             f'{rows} rows of a grid must span less than 2^31 elements, got shape {list(query.shape)} and strides '
@@ -418,65 +476,64 @@ def _token_arguments(name: str, x: Tensor) -> Arguments:
     return {f'{name}_ptr': x, **{f'{name}_{axis}': stride for axis, stride in zip('byxh', x.stride())}}
 
 
-def _query_table(bias: Optional[Tensor], window_size: int, query: Tensor) -> Arguments:
+def _query_table(bias: Optional[Tensor], window: Window, query: Tensor) -> Arguments:
     """The bias for kernels whose rows are queries: those of a tile, columns are the keys in and around it.
 
     It is in the precision of the query, as the mask of PyTorch's attention is: kernels read it for every logit.
     """
     if bias is None:
         return dict(bias_ptr=query, bias_h=0, bias_q=0)
-    side, margin = tile_side(window_size), square_window(window_size).row_margin
-    if side > window_size:
-        bias = _tile_bias(bias, window_size, (0, side), (-margin, side + margin))
+    if tile_size(window) != window[:2]:
+        tile, margins = tile_size(window), window[2:]
+        keys = [(-margin, size + margin) for size, margin in zip(tile, margins)]
+        bias = _tile_bias(bias, window, [(0, size) for size in tile], keys)
     table = _aligned(bias.to(query.dtype))
     return dict(bias_ptr=table, bias_h=table.stride(0), bias_q=table.stride(1))
 
 
-def _key_table(bias: Optional[Tensor], window_size: int, query: Tensor) -> Arguments:
+def _key_table(bias: Optional[Tensor], window: Window, query: Tensor) -> Arguments:
     """The bias for the kernel whose rows are keys; see there."""
     if bias is None:
         return dict(bias_ptr=query, bias_h=0, bias_k=0)
-    side, margin = tile_side(window_size), square_window(window_size).row_margin
-    if side > window_size:
-        before = 2 if window_size == 1 else 1
-        bias = _tile_bias(bias, window_size, (-before * window_size, side), (-margin, side - margin))
+    if tile_size(window) != window[:2]:
+        tile, sizes, margins = tile_size(window), window[:2], window[2:]
+        queries = [(-before * size, end) for before, size, end in zip(windows_before(window), sizes, tile)]
+        keys = [(-margin, size - margin) for size, margin in zip(tile, margins)]
+        bias = _tile_bias(bias, window, queries, keys)
     table = _aligned(bias.to(query.dtype).transpose(1, 2))
     return dict(bias_ptr=table, bias_h=table.stride(0), bias_k=table.stride(1))
 
 
-def _tile_bias(bias: Tensor, window_size: int, queries: Tuple[int, int], keys: Tuple[int, int]) -> Tensor:
-    """The bias of all pairs of a square of queries and one of keys, -inf where the key is not in the query's window.
+Span = Tuple[int, int]
+
+
+def _tile_bias(bias: Tensor, window: Window, queries: Sequence[Span], keys: Sequence[Span]) -> Tensor:
+    """The bias of all pairs of a rectangle of queries and one of keys, -inf where the key is not in the query's window.
 
     Args:
         bias: (h, Q, K).
-        window_size: w.
-        queries: First and last (exclusive) row, and column, of the queries, counted from a window's corner.
-        keys: The same of the keys.
+        window: Window.
+        queries: First and last (exclusive) row, and column, of n queries, counted from a window's corner.
+        keys: The same of m keys.
 
     Returns:
-        (h, n * n, m * m) for n x n queries and m x m keys.
+        (h, n, m).
     """
-    number, position, inside = _tile_pairs(window_size, queries, keys, bias.device)
+    axes = zip(window[:2], window[2:], queries, keys)
+    rows, cols = (_axis_pairs(*axis, bias.device) for axis in axes)
+    number = (rows[0][:, None] * window.cols + cols[0]).reshape(-1, 1)  # (n, 1)
+    position = rows[1][:, None, :, None] * key_size(window)[1] + cols[1][:, None, :]  # (rows, columns, rows, columns)
+    inside = rows[2][:, None, :, None] & cols[2][:, None, :]
+    position, inside = (x.flatten(2).flatten(0, 1) for x in (position, inside))  # (n, m)
     return bias[:, number, position].masked_fill(~inside, float('-inf'))
 
 
-def _tile_pairs(
-        window_size: int,
-        queries: Tuple[int, int],
-        keys: Tuple[int, int],
-        device: torch.device,
-) -> Tuple[Tensor, Tensor, Tensor]:
-    """Of all pairs of `_tile_bias`: the query's number in its window, the key's in its square, is it in there."""
-    w, margin = window_size, square_window(window_size).row_margin
-    span = w + 2 * margin
+def _axis_pairs(size: int, margin: int, queries: Span, keys: Span, device: torch.device) -> Tuple[Tensor, ...]:
+    """Along one axis, of n queries and m keys: the query's number in its window, (n,), the key's, is it one, (n, m)."""
     query, key = torch.arange(*queries, device=device), torch.arange(*keys, device=device)
-    position = key - query.div(w, rounding_mode='floor')[:, None] * w + margin  # (n, m), along one axis
-    inside = (position >= 0) & (position < span)
-    position = position.clamp(0, span - 1)
-    pairs = query.numel() ** 2, key.numel() ** 2
-    number = (query[:, None] % w * w + query % w).reshape(-1, 1)  # (n * n, 1)
-    position = (position[:, None, :, None] * span + position[None, :, None, :]).reshape(pairs)
-    return number, position, (inside[:, None, :, None] & inside[None, :, None, :]).reshape(pairs)
+    position = key - query.div(size, rounding_mode='floor')[:, None] * size + margin
+    span = size + 2 * margin
+    return query % size, position.clamp(0, span - 1), (position >= 0) & (position < span)
 
 
 def _aligned(table: Tensor) -> Tensor:
@@ -512,7 +569,7 @@ def launch(name: str, programs: int, arguments: Arguments, operand: Tensor, **bl
 
     if programs == 0:  # no images
         return
-    kinds = [taken[x] for x in ('HEAD_DIM', 'WINDOW', 'M', 'HAS_BIAS', 'R', 'KINDS', 'PRECISION') if x in taken]
+    kinds = [taken[name] for name in _CHOICE if name in taken]
     with torch.cuda.device(operand.device) if operand.is_cuda else contextlib.nullcontext():
         run(tuning.choose((name, operand.device, operand.dtype, *kinds), shapes, run))
 
