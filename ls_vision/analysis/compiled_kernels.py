@@ -22,7 +22,7 @@ SHARED_MEMORY = {80: 160 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 1
 _FLOAT32 = (
     'peak_ptr', 'log_total_ptr', 'delta_ptr', 'dbias_ptr', 'dlse_ptr', 'parts_ptr', 'part_peaks_ptr', 'part_totals_ptr')
 _ALIGNED = ('_ptr', '_b', '_y', '_x', '_h', '_m', '_q', '_k', 'x_n', 'k_n', 'q_r', '_kind')
-_UNALIGNED = ('tiles', 'peak', 'log_total')
+_UNALIGNED = ('tiles', 'peak', 'log_total', 'padding')
 
 
 class Compiled(NamedTuple):
@@ -48,6 +48,7 @@ def compile_kernel(
         window_size: Union[int, tuple[int, int], Window] = 7,
         num_additional: int = 9,
         has_bias: bool = True,
+        has_padding: bool = False,
         with_loops: bool = False,
 ) -> list[Compiled]:
     """Compiles a kernel with each of its block shapes.
@@ -60,13 +61,14 @@ def compile_kernel(
         window_size: w, (rows, columns) or a `Window`.
         num_additional: M; of sums the number of rows.
         has_bias: Whether there is a position bias.
+        has_padding: Whether there is a mask of padding.
         with_loops: Disassemble it and count the loops' instructions.
     """
     if kernel in SUM_KERNELS:
         constants = dict(
             long_range.constants(head_dim, num_additional, 2, dtype, False), M=num_additional, HAS_LSE=False)
     else:
-        constants = launch.constants(head_dim, make_window(window_size), num_additional, has_bias, dtype)
+        constants = launch.constants(head_dim, make_window(window_size), num_additional, has_bias, has_padding, dtype)
     found = []
     for blocks in launch.block_shapes(kernel, head_dim, dtype, (arch // 10, arch % 10)):
         compiled = compile_ahead(kernel, arch, dtype, {**constants, **launch.compile_options(kernel, blocks)})
@@ -89,6 +91,8 @@ def compile_ahead(kernel: str, arch: int, dtype: torch.dtype, options: dict[str,
     for i, name in enumerate(function.arg_names):
         if name in options:
             signature[name], constants[name] = 'constexpr', options[name]
+        elif name == 'padding_ptr':
+            signature[name] = '*u8' if options['HAS_PADDING'] else operand
         elif name.endswith('_ptr'):
             signature[name] = '*fp32' if name in _FLOAT32 else operand
         else:

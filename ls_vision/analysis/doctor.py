@@ -147,7 +147,7 @@ def _differentiate(
 
 def _name_default(device: torch.device) -> str:
     query = torch.zeros(1, 7, 7, 1, 32, device=device)
-    chosen = resolve(None, query, square_window(7), None, None, None, True, False)
+    chosen = resolve(None, query, square_window(7), None, None, True, False)
     reason = BACKENDS['triton'].why_not(query, square_window(7), True, False)
     return chosen.name + (f' (not triton: {reason})' if reason else '')
 

@@ -115,7 +115,7 @@ def attend(
         if window.rows == 0 or is_empty(query) or (backend is None and is_followed(query, pair, additional, bias)):
             out, lse = composite_attention(query, pair, window, additional, bias, scale, with_lse, *mask)
         else:
-            chosen = resolve(backend, query, window, additional, bias, padding, torch.is_grad_enabled(), with_lse)
+            chosen = resolve(backend, query, window, additional, bias, torch.is_grad_enabled(), with_lse)
             if chosen.backward is None:
                 out, lse = chosen.forward(query, pair, window, additional, bias, scale, with_lse, *mask)
             else:

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from ls_vision.analysis.compiled_kernels import SHARED_MEMORY, SUM_KERNELS, WINDOW_KERNELS, compile_kernel
+from ls_vision.ops.attention import long_short_attention, without_padding
 from ls_vision.ops.backends.reference import reference_attention
 from ls_vision.ops.backends.triton import launch as launcher
 from ls_vision.ops.backends.triton import tuning
@@ -36,7 +37,8 @@ KERNELS = WINDOW_KERNELS
 
 def main():
     functions = (
-        measure, measure_sums, contracts, whole_model, spills, launch, broken, nan_spreads, large_peaks, unneeded, tf32)
+        measure, measure_sums, contracts, whole_model, spills, launch, broken, nan_spreads, padded, large_peaks,
+        unneeded, tf32)
     commands = {function.__name__: function for function in functions}
     for line in sys.stdin:
         command = json.loads(line)
@@ -69,7 +71,18 @@ def draw(w, d, M, bias, H, W, B=2, h=2, dtype='float32', size=1.0, device='cpu')
     return (query, pair, window, additional, bias, d ** -0.5), grad
 
 
-def measure(blocks=None, grad_size=1.0, **case):
+def draw_padding(share, grad):
+    """A random mask of about that share of the tokens, all of the first image's for 'image'; None for None."""
+    if share is None:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.rand(grad.shape[:3], generator=generator) < (.3 if share == 'image' else share)
+    if share == 'image':
+        mask[0] = True
+    return mask.to(grad.device)
+
+
+def measure(blocks=None, grad_size=1.0, padding=None, **case):
     """Errors of out, lse and gradients as fractions of their largest entries, out's also absolute; are they finite?
 
     With `blocks`, those are used, and sums are split among few programs, so that each has several steps.
@@ -79,22 +92,28 @@ def measure(blocks=None, grad_size=1.0, **case):
             patch = functools.partial(mock.patch.object, launcher)
             stack.enter_context(patch('_blocks', lambda *_: (launcher.Blocks(*blocks),)))
             stack.enter_context(patch('_REDUCTION_PROGRAMS', 2))
-        return compare(*draw(**case), grad_size)
+        arguments, grad = draw(**case)
+        mask = draw_padding(padding, grad)
+        return compare(arguments, without_padding(grad * grad_size, mask), mask)
 
 
-def compare(arguments, grad, grad_size):
-    grad = grad * grad_size
-    out, statistics = launcher.forward(*arguments, False)
-    grads = launcher.backward(grad, None, *arguments, out, statistics, [True] * 4)
+def compare(arguments, grad, padding):
+    with launcher.poisoned():
+        out, statistics = launcher.forward(*arguments, False, padding)
+        grads = launcher.backward(grad, None, *arguments, out, statistics, [True] * 4, padding)
     lse = statistics.sum(0)
 
     # the bias may be float32 beside half precision, in which kernels take it
     exact = [x.to(grad.dtype).float().requires_grad_() if isinstance(x, torch.Tensor) else x for x in arguments]
-    expected, expected_lse = reference_attention(*exact)
+    expected, expected_lse = reference_attention(*exact, padding=padding)
     tensors = [exact[i] for i in (0, 1, 3, 4)]
     expected_grads = iter(torch.autograd.grad(
         expected, [x for x in tensors if x is not None], grad.float(), materialize_grads=True))
 
+    assert out.isfinite().all() and lse.isfinite().all()
+    if padding is not None:  # of no meaning there
+        out, expected = without_padding(out, padding), without_padding(expected, padding)
+        lse, expected_lse = (x.masked_fill(padding.unsqueeze(1), 0.) for x in (lse, expected_lse))
     errors = {'out': (out, expected), 'lse': (lse, expected_lse)}
     for name, x, actual in zip(
             ('query', 'pair', 'additional', 'bias'), (arguments[i] for i in (0, 1, 3, 4)), grads, strict=True):
@@ -222,7 +241,7 @@ def spills(kernel, arch, dtype, window_size=7, **case):
         kernel, arch, getattr(torch, dtype), window_size=to_window(window_size), **case)]
 
 
-def launch(tune=False, **case):
+def launch(tune=False, padding=None, **case):
     """Everything that launches do on a GPU up to the launch itself, on a pretended one -> versions of each kernel."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -253,8 +272,9 @@ def launch(tune=False, **case):
             stack.enter_context(mock.patch.object(tuning, '_time', first_of))
         before = compiled_versions()
         arguments, grad = draw(**case)
-        out, statistics = launcher.forward(*arguments, False)
-        launcher.backward(grad, None, *arguments, out, statistics, [True] * 4)
+        mask = draw_padding(padding, grad)
+        out, statistics = launcher.forward(*arguments, False, mask)
+        launcher.backward(grad, None, *arguments, out, statistics, [True] * 4, mask)
         return [after - count for after, count in zip(compiled_versions(), before, strict=True)]
 
 
@@ -266,6 +286,28 @@ def nan_spreads():
     out, statistics = launcher.forward(query, pair, *rest, False)
     grads = launcher.backward(grad, None, query, pair, *rest, out, statistics, [True] * 4)
     return [bool(grads[1][0, 0, 0, kind].isnan().all()) for kind in (0, 1)]
+
+
+def padded(M):
+    """Output, log-sum-exp and gradients of an image that is all padding and one with some, by kernels and portably.
+
+    Of the log-sum-exp, which has no meaning where a token is padding, only the others are kept.
+    """
+    (query, pair, window, additional, bias, scale), grad = draw(w=(1, 4), d=16, M=M, bias=True, H=2, W=9, h=1)
+    padding, answers = draw_padding('image', grad), []
+    for backend in ('triton', 'blocked'):
+        leaves = [None if x is None else x.detach().clone().requires_grad_() for x in (query, pair, additional, bias)]
+        query, pair, additional, bias = leaves
+        more = (None, None) if additional is None else additional.unbind(2)
+        out, lse = long_short_attention(
+            query, *pair.unbind(3), window, *more, bias, scale, backend=backend, return_lse=True,
+            key_padding_mask=padding)
+        lse = lse.masked_fill(padding.unsqueeze(1), 0.)
+        losses = (out * grad).sum(), (out * grad).sum() + lse.square().sum()
+        tensors = [x for x in leaves if x is not None]
+        grads = [torch.autograd.grad(loss, tensors, retain_graph=True) for loss in losses]
+        answers.append([out, lse, *itertools.chain(*grads)])
+    return [[bool(x.isfinite().all()), float((x - y).abs().max() / y.abs().max())] for x, y in zip(*answers)]
 
 
 def large_peaks():
@@ -317,7 +359,7 @@ def tf32():
             torch.set_float32_matmul_precision(precision)
         elif precision != 'none':
             matmul.fp32_precision = precision
-        answers.append(launcher.constants(16, make_window(7), 0, False, torch.float32)['PRECISION'])
+        answers.append(launcher.constants(16, make_window(7), 0, False, False, torch.float32)['PRECISION'])
     return answers
 
 
@@ -453,6 +495,32 @@ def test_matches_reference(interpreter, case):
     check(interpreter('measure', **case))
 
 
+# some tokens, and all of one image: queries without any key where there are no additional ones
+PADDED = [
+    dict(w=2, d=16, M=3, bias=True, H=5, W=7, h=1, padding=.4),
+    dict(w=2, d=16, M=None, bias=False, H=4, W=9, h=1, padding='image'),
+    dict(w=7, d=16, M=None, bias=True, H=8, W=6, h=1, padding='image', dtype='bfloat16'),
+    dict(w=(1, 8), d=16, M=2, bias=True, H=1, W=21, h=1, padding='image'),
+    dict(w=(6, 5, 0, 6), d=16, M=None, bias=False, H=7, W=8, B=1, h=1, padding=.7),
+]
+
+
+@pytest.mark.parametrize('case', PADDED, ids=str)
+def test_padding(interpreter, case):
+    check(interpreter('measure', **case), case.get('dtype', 'float32'))
+
+
+@pytest.mark.parametrize('M', [None, 2])
+def test_padding_of_the_operator(interpreter, M):
+    for finite, error in interpreter('padded', M=M):
+        assert finite and error <= 2e-6
+
+
+def test_padding_without_a_mask_is_the_same(interpreter):
+    case = dict(w=2, d=16, M=2, bias=True, H=4, W=5, B=1, h=1)
+    assert interpreter('measure', **case, padding=0.) == interpreter('measure', **case)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('case', MORE_RECTANGLES, ids=str)
 def test_more_rectangles_match_reference(interpreter, case):
@@ -470,9 +538,9 @@ def test_small_blocks(interpreter, case):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('blocks', [(64, 64, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2)], ids=str)
-@pytest.mark.parametrize('case', [*CASES, *RECTANGLES, *MORE_RECTANGLES], ids=str)
+@pytest.mark.parametrize('case', [*CASES, *RECTANGLES, *MORE_RECTANGLES, *PADDED], ids=str)
 def test_launched_blocks(interpreter, case, blocks):
-    check(interpreter('measure', blocks=blocks, **case))
+    check(interpreter('measure', blocks=blocks, **case), case.get('dtype', 'float32'))
 
 
 @pytest.mark.parametrize('dtype', ['float16', 'bfloat16'])
@@ -496,14 +564,14 @@ def test_large_values(interpreter, size, dtype):
 if torch.cuda.is_available():
     @pytest.mark.parametrize('dtype', TOLERANCE)
     @pytest.mark.parametrize('case', [
-        *CASES, *RECTANGLES, *MORE_RECTANGLES,
+        *CASES, *RECTANGLES, *MORE_RECTANGLES, *PADDED,
         dict(w=7, d=32, M=9, bias=True, H=56, W=56, B=4, h=3),
         dict(w=8, d=64, M=65, bias=True, H=40, W=50, h=4),
         dict(w=2, d=80, M=4, bias=False, H=64, W=63, h=16),
         dict(w=4, d=128, M=16, bias=False, H=28, W=28, h=2),
     ], ids=str)
     def test_on_gpu(case, dtype):
-        check(measure(**case, dtype=dtype, device='cuda'), dtype)
+        check(measure(**{**case, 'dtype': dtype}, device='cuda'), dtype)
 
 
 @pytest.mark.parametrize('case', [
@@ -555,6 +623,16 @@ def rectangular_compile_cases():
             yield kernel, 90, 'bfloat16', 64, w, 9, bias
 
 
+def padded_compile_cases():
+    """A mask adds a load and registers to each kernel that reads it."""
+    for kernel, arch, (dtype, d) in itertools.product(
+            ('forward', 'query_gradient', 'key_gradient', 'bias_gradient'), (80, 90),
+            (('bfloat16', 32), ('bfloat16', 64), ('bfloat16', 128), ('float32', 64))):
+        yield kernel, arch, dtype, d, 7, True
+        if kernel != 'bias_gradient':
+            yield kernel, arch, dtype, d, 2, False
+
+
 def check_compiled(answers, arch):
     for answer in answers:
         assert answer['spilled'] == 0, answer
@@ -589,8 +667,15 @@ def test_all_compile_without_spills(compiler, kernel, arch, dtype, d, w, M, bias
     test_compiles_without_spills(compiler, kernel, arch, dtype, d, w, M, bias)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('kernel,arch,dtype,d,w,bias', list(padded_compile_cases()))
+def test_compiles_with_padding(compiler, kernel, arch, dtype, d, w, bias):
+    check_compiled(compiler('spills', kernel=kernel, arch=arch, dtype=dtype, head_dim=d, window_size=w,
+                            num_additional=9, has_bias=bias, has_padding=True), arch)
+
+
 @pytest.mark.parametrize('case', [
-    dict(w=8, d=32, M=9, bias=True, H=15, W=15, dtype='bfloat16'),
+    dict(w=8, d=32, M=9, bias=True, H=15, W=15, dtype='bfloat16', padding=.5),
     # sizes of one are constants to the compiler
     dict(w=2, d=16, M=1, bias=True, H=1, W=1, B=1, h=1, dtype='float16'),
 ], ids=str)
@@ -659,7 +744,7 @@ def test_tuned_launches(compiler):
 
 def test_strided_inputs_are_not_copied():
     (query, pair, _, additional, bias, scale), _ = draw(w=7, d=16, M=3, bias=True, H=8, W=8)
-    arguments = launcher._arguments(query, pair, make_window(7), additional, bias, scale)
+    arguments = launcher._arguments(query, pair, make_window(7), additional, bias, scale, None)
     assert not pair.is_contiguous()
     key, value, more = pair[:, :, :, 0], pair[:, :, :, 1], additional.unbind(2)
     for name, x in (('q', query), ('k', key), ('v', value), ('ak', more[0]), ('av', more[1])):
@@ -670,7 +755,7 @@ def test_refuses_rows_beyond_32_bit_offsets():
     wide = torch.empty_strided((1, 2, 2 ** 20, 4, 16), (2 ** 27, 2 ** 26, 64, 16, 1), device='meta')
     pair = torch.empty((), device='meta').expand(1, 2, 2 ** 20, 2, 4, 16)
     with pytest.raises(ValueError, match=r'2\^31'):
-        launcher._arguments(wide, pair, make_window(2), None, None, 1.)
+        launcher._arguments(wide, pair, make_window(2), None, None, 1., None)
 
 
 def largest(cols, rows):

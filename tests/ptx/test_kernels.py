@@ -13,7 +13,7 @@ import torch
 from ls_vision.ops.attention import long_short_attention
 from ls_vision.ops.backends import BACKENDS
 from ls_vision.ops.backends.triton import launch as launcher
-from ls_vision.ops.window import make_window, num_keys, num_queries
+from ls_vision.ops.window import Window, make_window, num_keys, num_queries
 
 pytest.importorskip('triton')
 
@@ -33,8 +33,8 @@ SUM_CASE = dict(d=32, r=3, kinds=2, N=70, dtype='bfloat16')
 CASES = [CASE, dict(w=2, d=16, M=3, bias=True, H=9, W=5, h=1, dtype='float32')]
 
 
-def draw(w, d, M, bias, H, W, B=1, h=2, dtype='float32'):
-    """Arguments of `long_short_attention`, and the gradient of its output."""
+def draw(w, d, M, bias, H, W, B=1, h=2, dtype='float32', padding=0.):
+    """Arguments of `long_short_attention`, a mask of so many of the tokens the last, and its output's gradient."""
     generator = torch.Generator().manual_seed(0)
 
     def randn(*shape):
@@ -44,13 +44,17 @@ def draw(w, d, M, bias, H, W, B=1, h=2, dtype='float32'):
     query, key, value, grad = (randn(B, H, W, h, d).to(dtype) for _ in range(4))
     additional = [None, None] if M is None else [randn(B, M, h, d).to(dtype) for _ in range(2)]
     bias = randn(h, num_queries(window), num_keys(window)) if bias else None
-    return (query, key, value, window, *additional, bias), grad
+    mask = torch.rand(B, H, W, generator=generator) < padding if padding else None
+    return (query, key, value, window, *additional, bias, mask), grad
 
 
 def attend(arguments, grad, backend):
     """Output, log-sum-exp and the gradients of all tensors."""
+    *arguments, mask = arguments
     arguments = [x.detach().requires_grad_() if isinstance(x, torch.Tensor) else x for x in arguments]
-    out, lse = long_short_attention(*arguments, backend=backend, return_lse=True)
+    out, lse = long_short_attention(*arguments, backend=backend, return_lse=True, key_padding_mask=mask)
+    if mask is not None:  # of no meaning there
+        lse = lse.masked_fill(mask.unsqueeze(1), 0.)
     tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
     return [x.detach() for x in (out, lse, *torch.autograd.grad(out, tensors, grad))]
 
@@ -139,7 +143,7 @@ def check(case, tolerance=None, shape=0):
     """Compares with the reference in float64 -> the launches."""
     arguments, grad = draw(**case)
     results, launches = run(arguments, grad, shape)
-    double = [x.double() if isinstance(x, torch.Tensor) else x for x in arguments]
+    double = [x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in arguments]
     errors = [
         float((result.double() - exact).abs().max() / exact.abs().max())
         for result, exact in zip(results, attend(double, grad.double(), 'reference'), strict=True)
@@ -231,6 +235,18 @@ def test_finds_wrong_access(launches, kernel, kind, statement, edit):
 ], ids=str)
 def test_more_match_float64(case, dtype, shape):
     check(dict(case, dtype=dtype), shape=shape)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('case', [
+    dict(w=(1, 8), d=32, M=4, bias=True, H=1, W=140, dtype='bfloat16'),
+    dict(w=Window(2, 3, 5, 4), d=16, M=None, bias=False, H=11, W=13, dtype='float32'),
+    dict(w=Window(6, 5, 0, 11), d=16, M=None, bias=True, H=13, W=17, dtype='bfloat16'),
+    dict(w=7, d=32, M=9, bias=True, H=19, W=17, h=1, dtype='bfloat16', padding=.4),
+    dict(w=2, d=16, M=None, bias=False, H=9, W=5, B=2, dtype='float32', padding=1.),  # no query has a key
+], ids=str)
+def test_rectangles_and_padding_match_float64(case):
+    check(case)
 
 
 @pytest.fixture

@@ -29,8 +29,6 @@ class Backend(NamedTuple):
     keeps_statistics: bool = False
     """The backward pass needs the softmax's statistics: in place of the log-sum-exp, and whether asked for or not,
     forward returns the two parts of which it is the sum, (2, B, h, H, W)."""
-    takes_padding: bool = True
-    """Otherwise the functions have no last argument `padding`."""
 
 
 def _always(query: Tensor, window: Window, with_grad: bool, with_lse: bool) -> Optional[str]:
@@ -42,7 +40,7 @@ BACKENDS: Dict[str, Backend] = {backend.name: backend for backend in (
     Backend('composite', _always, composite.composite_attention),
     Backend('blocked', _always, blocked.blocked_forward, blocked.blocked_backward),
     Backend('flex', flex.why_not, flex.flex_forward),
-    Backend('triton', triton.why_not, triton.forward, triton.backward, keeps_statistics=True, takes_padding=False),
+    Backend('triton', triton.why_not, triton.forward, triton.backward, keeps_statistics=True),
 )}
 
 
@@ -52,7 +50,6 @@ def resolve(
         window: Window,
         additional: Optional[Tensor],
         bias: Optional[Tensor],
-        padding: Optional[Tensor],
         with_grad: bool,
         with_lse: bool,
 ) -> Backend:
@@ -68,13 +65,11 @@ def resolve(
             if asked not in BACKENDS:
                 raise ValueError(f'{source} is {asked!r}, expected one of {", ".join(BACKENDS)}.')
             reason = BACKENDS[asked].why_not(query, window, with_grad, with_lse)
-            if padding is not None and not BACKENDS[asked].takes_padding:
-                reason = 'it takes no padding'
             if reason is not None:
                 raise ValueError(f"{source} is {asked!r}, which can't run here: {reason}. Use 'blocked'.")
             return BACKENDS[asked]
     takes_triton = (
-        _prefers_triton(query) and padding is None and triton.why_not(query, window, with_grad, with_lse) is None
+        _prefers_triton(query) and triton.why_not(query, window, with_grad, with_lse) is None
         and triton.failure(query, window, additional, bias) is None)
     return BACKENDS['triton' if takes_triton else 'blocked']
 

@@ -15,7 +15,8 @@ key gradient walks over the queries of a tile of keys. Its tiles begin a margin 
 keys are among those of the tile's own windows and of the windows before, by default one, but of no window after, and
 there are no more pairs to visit than in the forward pass.
 
-Logits of pairs that do not exist are -inf. Weights are recomputed in the backward pass as
+Logits of pairs that do not exist are -inf, and of keys that are padding where the mask (B, H, W) says so. A query that
+is left without a key has the peak 0, the sum 1 and the output 0. Weights are recomputed in the backward pass as
 exp(logit - peak - log_total), from the largest logit of a query and the logarithm of its sum of exponentials. The
 log-sum-exp, which is their sum, would not do: in float32 one of 10,000 leaves a weight three digits. Where a tile
 begins is a 64-bit offset, offsets within tiles are 32 bit.
@@ -28,7 +29,8 @@ _INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
 _LOG2E = tl.constexpr(1.4426950408889634)
 # One compiled kernel serves images of all sizes. Strides stay specialised: vectors are loaded where 16 divides them.
 _SIZES = ['B', 'H', 'W', 'tiles_y', 'tiles_x', 'offset_y', 'offset_x', 'splits', 'chunk', 'groups']
-_STATISTICS = ['peak_ptr', 'log_total_ptr']  # halves of a tensor: where the second begins depends on the size
+# Halves of a tensor: where the second begins depends on the size. The mask is read byte by byte.
+_UNALIGNED = ['peak_ptr', 'log_total_ptr', 'padding_ptr']
 
 
 @triton.jit
@@ -147,9 +149,9 @@ def _is_interior(
 
 @triton.jit
 def _load_window_keys(
-        k_ptr, v_ptr, k_index, row0, col0, k_y, k_x, v_y, v_x, H, W,
+        k_ptr, v_ptr, padding_ptr, k_index, row0, col0, k_y, k_x, v_y, v_x, H, W,
         HEAD_DIM: tl.constexpr, D: tl.constexpr, ROW_MARGIN: tl.constexpr, COL_MARGIN: tl.constexpr,
-        ROWS: tl.constexpr, COLS: tl.constexpr, INTERIOR: tl.constexpr,
+        ROWS: tl.constexpr, COLS: tl.constexpr, HAS_PADDING: tl.constexpr, INTERIOR: tl.constexpr,
 ):
     """Keys by their number in the ROWS x COLS tokens in and around a tile -> k, v (BLOCK_K, D), rows and columns
     counted from the tile's corner, which the pointers are at, and which of them exist (BLOCK_K,).
@@ -164,6 +166,9 @@ def _load_window_keys(
     else:
         # surplus keys of the last block lie in the row below the tile's last
         inside = _on_grid(row0 + row, col0 + col, tl.minimum(row0 + (ROWS - ROW_MARGIN), H), W)
+        readable = inside
+    if HAS_PADDING:
+        inside = inside & (tl.load(padding_ptr + row * W + col, mask=inside, other=1) == 0)
         readable = inside
     k = _load_rows(k_ptr, row * k_y + col * k_x, readable, HEAD_DIM, D)
     v = _load_rows(v_ptr, row * v_y + col * v_x, readable, HEAD_DIM, D)
@@ -203,17 +208,18 @@ def _window_logits(
 
 @triton.jit
 def _window_block(
-        start, q, k_ptr, v_ptr, bias_ptr, bias_q, q_index, q_row, q_col, row0, col0, k_y, k_x, v_y, v_x, H, W, scale,
+        start, q, k_ptr, v_ptr, bias_ptr, padding_ptr, bias_q, q_index, q_row, q_col, row0, col0, k_y, k_x, v_y, v_x,
+        H, W, scale,
         HEAD_DIM: tl.constexpr, D: tl.constexpr,
         WINDOW_ROWS: tl.constexpr, WINDOW_COLS: tl.constexpr, ROW_MARGIN: tl.constexpr, COL_MARGIN: tl.constexpr,
         QUERIES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, HAS_BIAS: tl.constexpr,
-        PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, INTERIOR: tl.constexpr,
+        HAS_PADDING: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, INTERIOR: tl.constexpr,
 ):
     """A block of a tile's keys -> its logits (BLOCK_Q, BLOCK_K), k, v (BLOCK_K, D)."""
     k_index = tl.multiple_of(start, BLOCK_K) + tl.arange(0, BLOCK_K)
     k, v, k_row, k_col, k_inside = _load_window_keys(
-        k_ptr, v_ptr, k_index, row0, col0, k_y, k_x, v_y, v_x, H, W, HEAD_DIM, D, ROW_MARGIN, COL_MARGIN,
-        ROWS, COLS, INTERIOR)
+        k_ptr, v_ptr, padding_ptr, k_index, row0, col0, k_y, k_x, v_y, v_x, H, W, HEAD_DIM, D, ROW_MARGIN, COL_MARGIN,
+        ROWS, COLS, HAS_PADDING, INTERIOR)
     logits = _window_logits(
         q, k, bias_ptr, bias_q, q_index, q_row, q_col, k_index, k_row, k_col, k_inside, scale,
         WINDOW_ROWS, WINDOW_COLS, ROW_MARGIN, COL_MARGIN, QUERIES, ROWS * COLS, HAS_BIAS, PRECISION)
@@ -248,16 +254,17 @@ def _weights(logits, peak, log_total):
     return tl.exp2(tl.fma(logits, _LOG2E, -(peak * _LOG2E)) - log_total * _LOG2E)
 
 
-@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_STATISTICS)
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_UNALIGNED)
 def forward_kernel(
-        q_ptr, k_ptr, v_ptr, ak_ptr, av_ptr, bias_ptr, out_ptr, peak_ptr, log_total_ptr,
+        q_ptr, k_ptr, v_ptr, ak_ptr, av_ptr, bias_ptr, padding_ptr, out_ptr, peak_ptr, log_total_ptr,
         q_b, q_y, q_x, q_h, k_b, k_y, k_x, k_h, v_b, v_y, v_x, v_h,
         ak_b, ak_m, ak_h, av_b, av_m, av_h, bias_h, bias_q,
         B, h, H, W, tiles_y, tiles_x, scale,
         HEAD_DIM: tl.constexpr, D: tl.constexpr,
         WINDOW_ROWS: tl.constexpr, WINDOW_COLS: tl.constexpr, ROW_MARGIN: tl.constexpr, COL_MARGIN: tl.constexpr,
         TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, M: tl.constexpr, HAS_BIAS: tl.constexpr,
-        PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
+        HAS_PADDING: tl.constexpr, PRECISION: tl.constexpr,
+        BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
 ):
     """A block of a tile's queries against the additional keys and the tile's keys -> out, peak, log_total.
 
@@ -289,24 +296,29 @@ def forward_kernel(
     k_ptr += _corner(batch, head, row0, col0, k_b, k_y, k_x, k_h)
     v_ptr += _corner(batch, head, row0, col0, v_b, v_y, v_x, v_h)
     bias_ptr += head * bias_h
+    if HAS_PADDING:
+        padding_ptr += _map_corner(batch, 0, row0, col0, 1, H, W)
     # of the rows outside the grid whole blocks are skipped, not parts, which keeps the bias table's vectors aligned
     first = tl.maximum(ROW_MARGIN - row0, 0) * COLS // BLOCK_K * BLOCK_K
     last = tl.minimum(ROWS, H - row0 + ROW_MARGIN) * COLS
     if _is_interior(row0, col0, H, W, ROW_MARGIN, COL_MARGIN, ROWS, COLS, BLOCK_K):
         for start in range(first, last, BLOCK_K):
             logits, k, v = _window_block(
-                start, q, k_ptr, v_ptr, bias_ptr, bias_q, q_index, q_row, q_col, row0, col0, k_y, k_x, v_y, v_x, H, W,
-                scale, HEAD_DIM, D, WINDOW_ROWS, WINDOW_COLS, ROW_MARGIN, COL_MARGIN, TILE_ROWS * TILE_COLS,
-                ROWS, COLS, HAS_BIAS, PRECISION, BLOCK_K, True)
+                start, q, k_ptr, v_ptr, bias_ptr, padding_ptr, bias_q, q_index, q_row, q_col, row0, col0,
+                k_y, k_x, v_y, v_x, H, W, scale, HEAD_DIM, D, WINDOW_ROWS, WINDOW_COLS, ROW_MARGIN, COL_MARGIN,
+                TILE_ROWS * TILE_COLS, ROWS, COLS, HAS_BIAS, HAS_PADDING, PRECISION, BLOCK_K, True)
             peak, total, acc = _accumulate(logits, v, peak, total, acc, PRECISION)
     else:
         for start in range(first, last, BLOCK_K):
             logits, k, v = _window_block(
-                start, q, k_ptr, v_ptr, bias_ptr, bias_q, q_index, q_row, q_col, row0, col0, k_y, k_x, v_y, v_x, H, W,
-                scale, HEAD_DIM, D, WINDOW_ROWS, WINDOW_COLS, ROW_MARGIN, COL_MARGIN, TILE_ROWS * TILE_COLS,
-                ROWS, COLS, HAS_BIAS, PRECISION, BLOCK_K, False)
+                start, q, k_ptr, v_ptr, bias_ptr, padding_ptr, bias_q, q_index, q_row, q_col, row0, col0,
+                k_y, k_x, v_y, v_x, H, W, scale, HEAD_DIM, D, WINDOW_ROWS, WINDOW_COLS, ROW_MARGIN, COL_MARGIN,
+                TILE_ROWS * TILE_COLS, ROWS, COLS, HAS_BIAS, HAS_PADDING, PRECISION, BLOCK_K, False)
             peak, total, acc = _accumulate(logits, v, peak, total, acc, PRECISION)
 
+    if HAS_PADDING:
+        has_none = peak == float('-inf')
+        peak, total = tl.where(has_none, 0., peak), tl.where(has_none, 1., total)
     out_ptr += _token_corner(batch, head, row0, col0, h, H, W) * HEAD_DIM
     _store_rows(out_ptr, (q_row * W + q_col) * (h * HEAD_DIM), acc / total[:, None], q_valid, HEAD_DIM, D)
     map_offset = _map_corner(batch, head, row0, col0, h, H, W) + q_row * W + q_col
@@ -323,17 +335,18 @@ def _accumulate_query_gradient(logits, k, v, dout, peak, log_total, delta, scale
     return _dot(dlogits.to(k.dtype), k, dq, PRECISION)
 
 
-@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_STATISTICS)
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_UNALIGNED)
 def query_gradient_kernel(
-        q_ptr, k_ptr, v_ptr, ak_ptr, av_ptr, bias_ptr, out_ptr, peak_ptr, log_total_ptr, dout_ptr, delta_ptr,
-        dq_ptr,
+        q_ptr, k_ptr, v_ptr, ak_ptr, av_ptr, bias_ptr, padding_ptr, out_ptr, peak_ptr, log_total_ptr, dout_ptr,
+        delta_ptr, dq_ptr,
         q_b, q_y, q_x, q_h, k_b, k_y, k_x, k_h, v_b, v_y, v_x, v_h,
         ak_b, ak_m, ak_h, av_b, av_m, av_h, bias_h, bias_q, dout_b, dout_y, dout_x, dout_h,
         B, h, H, W, tiles_y, tiles_x, scale,
         HEAD_DIM: tl.constexpr, D: tl.constexpr,
         WINDOW_ROWS: tl.constexpr, WINDOW_COLS: tl.constexpr, ROW_MARGIN: tl.constexpr, COL_MARGIN: tl.constexpr,
         TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, M: tl.constexpr, HAS_BIAS: tl.constexpr,
-        PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
+        HAS_PADDING: tl.constexpr, PRECISION: tl.constexpr,
+        BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
 ):
     """The forward kernel's walk -> dq, and delta = sum(out * dout), which the other backward kernels need."""
     ROWS: tl.constexpr = TILE_ROWS + 2 * ROW_MARGIN
@@ -370,21 +383,23 @@ def query_gradient_kernel(
     k_ptr += _corner(batch, head, row0, col0, k_b, k_y, k_x, k_h)
     v_ptr += _corner(batch, head, row0, col0, v_b, v_y, v_x, v_h)
     bias_ptr += head * bias_h
+    if HAS_PADDING:
+        padding_ptr += _map_corner(batch, 0, row0, col0, 1, H, W)
     first = tl.maximum(ROW_MARGIN - row0, 0) * COLS // BLOCK_K * BLOCK_K
     last = tl.minimum(ROWS, H - row0 + ROW_MARGIN) * COLS
     if _is_interior(row0, col0, H, W, ROW_MARGIN, COL_MARGIN, ROWS, COLS, BLOCK_K):
         for start in range(first, last, BLOCK_K):
             logits, k, v = _window_block(
-                start, q, k_ptr, v_ptr, bias_ptr, bias_q, q_index, q_row, q_col, row0, col0, k_y, k_x, v_y, v_x, H, W,
-                scale, HEAD_DIM, D, WINDOW_ROWS, WINDOW_COLS, ROW_MARGIN, COL_MARGIN, TILE_ROWS * TILE_COLS,
-                ROWS, COLS, HAS_BIAS, PRECISION, BLOCK_K, True)
+                start, q, k_ptr, v_ptr, bias_ptr, padding_ptr, bias_q, q_index, q_row, q_col, row0, col0,
+                k_y, k_x, v_y, v_x, H, W, scale, HEAD_DIM, D, WINDOW_ROWS, WINDOW_COLS, ROW_MARGIN, COL_MARGIN,
+                TILE_ROWS * TILE_COLS, ROWS, COLS, HAS_BIAS, HAS_PADDING, PRECISION, BLOCK_K, True)
             dq = _accumulate_query_gradient(logits, k, v, dout, peak, log_total, delta, scale, dq, PRECISION)
     else:
         for start in range(first, last, BLOCK_K):
             logits, k, v = _window_block(
-                start, q, k_ptr, v_ptr, bias_ptr, bias_q, q_index, q_row, q_col, row0, col0, k_y, k_x, v_y, v_x, H, W,
-                scale, HEAD_DIM, D, WINDOW_ROWS, WINDOW_COLS, ROW_MARGIN, COL_MARGIN, TILE_ROWS * TILE_COLS,
-                ROWS, COLS, HAS_BIAS, PRECISION, BLOCK_K, False)
+                start, q, k_ptr, v_ptr, bias_ptr, padding_ptr, bias_q, q_index, q_row, q_col, row0, col0,
+                k_y, k_x, v_y, v_x, H, W, scale, HEAD_DIM, D, WINDOW_ROWS, WINDOW_COLS, ROW_MARGIN, COL_MARGIN,
+                TILE_ROWS * TILE_COLS, ROWS, COLS, HAS_BIAS, HAS_PADDING, PRECISION, BLOCK_K, False)
             dq = _accumulate_query_gradient(logits, k, v, dout, peak, log_total, delta, scale, dq, PRECISION)
     _store_rows(dq_ptr + corner, offset, dq, q_valid, HEAD_DIM, D)
 
@@ -420,15 +435,15 @@ def _accumulate_key_gradient(logits, q, v, dout, peak, log_total, delta, scale, 
     return _dot(dlogits.to(q.dtype), q, dk, PRECISION), dv
 
 
-@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_STATISTICS)
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_UNALIGNED)
 def key_gradient_kernel(
-        q_ptr, k_ptr, v_ptr, bias_ptr, peak_ptr, log_total_ptr, dout_ptr, delta_ptr, dk_ptr, dv_ptr,
+        q_ptr, k_ptr, v_ptr, bias_ptr, padding_ptr, peak_ptr, log_total_ptr, dout_ptr, delta_ptr, dk_ptr, dv_ptr,
         q_b, q_y, q_x, q_h, k_b, k_y, k_x, k_h, v_b, v_y, v_x, v_h,
         bias_h, bias_k, dout_b, dout_y, dout_x, dout_h,
         B, h, H, W, tiles_y, tiles_x, offset_y, offset_x, scale,
         HEAD_DIM: tl.constexpr, D: tl.constexpr,
         WINDOW_ROWS: tl.constexpr, WINDOW_COLS: tl.constexpr, ROW_MARGIN: tl.constexpr, COL_MARGIN: tl.constexpr,
-        TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, HAS_BIAS: tl.constexpr,
+        TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PADDING: tl.constexpr,
         PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     """A block of a tile's keys against all queries whose windows have them -> dk, dv, in (B, H, W, 2, h, d).
@@ -515,6 +530,10 @@ def key_gradient_kernel(
                 logits = tl.where(in_window, logits, float('-inf'))
             dk, dv = _accumulate_key_gradient(logits, q, v, dout, peak, log_total, delta, scale, dk, dv, PRECISION)
 
+    if HAS_PADDING:  # after the walk, in which the weights of padding are finite
+        padding_ptr += _map_corner(batch, 0, row0, col0, 1, H, W)
+        is_key = tl.load(padding_ptr + k_row * W + k_col, mask=k_valid, other=1) == 0
+        dk, dv = tl.where(is_key[:, None], dk, 0.), tl.where(is_key[:, None], dv, 0.)
     # gradients of keys and values lie side by side, as if they were of twice as many heads
     token = _token_corner(batch, head, row0, col0, 2 * h, H, W) * HEAD_DIM
     token_offset = (k_row * W + k_col) * (2 * h * HEAD_DIM)
@@ -522,7 +541,7 @@ def key_gradient_kernel(
     _store_rows(dv_ptr + token, token_offset, dv, k_valid, HEAD_DIM, D)
 
 
-@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_STATISTICS)
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_UNALIGNED)
 def additional_gradient_kernel(
         q_ptr, ak_ptr, av_ptr, peak_ptr, log_total_ptr, dout_ptr, delta_ptr, dak_ptr, dav_ptr,
         q_b, q_y, q_x, q_h, ak_b, ak_m, ak_h, av_b, av_m, av_h, dout_b, dout_y, dout_x, dout_h,
@@ -558,14 +577,14 @@ def additional_gradient_kernel(
     _store_rows(dav_ptr + row * HEAD_DIM, m_index * 2 * h * HEAD_DIM, dv, m_index < M, HEAD_DIM, D)
 
 
-@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_STATISTICS)
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_UNALIGNED)
 def bias_gradient_kernel(
-        q_ptr, k_ptr, v_ptr, bias_ptr, peak_ptr, log_total_ptr, dout_ptr, delta_ptr, dbias_ptr,
+        q_ptr, k_ptr, v_ptr, bias_ptr, padding_ptr, peak_ptr, log_total_ptr, dout_ptr, delta_ptr, dbias_ptr,
         q_b, q_y, q_x, q_h, k_b, k_y, k_x, k_h, v_b, v_y, v_x, v_h,
         bias_h, bias_q, dout_b, dout_y, dout_x, dout_h,
         B, h, H, W, tiles_y, tiles_x, groups, scale,
         HEAD_DIM: tl.constexpr, D: tl.constexpr, ROW_MARGIN: tl.constexpr, COL_MARGIN: tl.constexpr,
-        TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr,
+        TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, HAS_PADDING: tl.constexpr,
         PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     """A block of a tile's queries against a block of its keys, summed over a group of the batch's tiles.
@@ -595,9 +614,10 @@ def bias_gradient_kernel(
             q_b, q_y, q_x, q_h, dout_b, dout_y, dout_x, dout_h, h, H, W, HEAD_DIM, D)
         k_corner = _corner(batch, head, row0, col0, k_b, k_y, k_x, k_h)
         v_corner = _corner(batch, head, row0, col0, v_b, v_y, v_x, v_h)
+        padding_corner = _map_corner(batch, 0, row0, col0, 1, H, W)
         k, v, _, _, k_inside = _load_window_keys(
-            k_ptr + k_corner, v_ptr + v_corner, k_index, row0, col0, k_y, k_x, v_y, v_x, H, W,
-            HEAD_DIM, D, ROW_MARGIN, COL_MARGIN, ROWS, COLS, False)
+            k_ptr + k_corner, v_ptr + v_corner, padding_ptr + padding_corner, k_index, row0, col0, k_y, k_x, v_y, v_x,
+            H, W, HEAD_DIM, D, ROW_MARGIN, COL_MARGIN, ROWS, COLS, HAS_PADDING, False)
         logits = tl.where(k_inside[None, :], _dot_logits(q, k, scale, PRECISION) + bias, float('-inf'))
         # what the bias makes of queries outside the grid must not be infinite, as it is multiplied by zeros
         peak = tl.where(q_inside, peak, float('inf'))

@@ -41,7 +41,8 @@ _REDUCTION_STEPS = 4
 
 # Compile-time arguments that the choice of a block shape depends on.
 _CHOICE = (
-    'HEAD_DIM', 'WINDOW_ROWS', 'WINDOW_COLS', 'ROW_MARGIN', 'COL_MARGIN', 'M', 'HAS_BIAS', 'R', 'KINDS', 'PRECISION')
+    'HEAD_DIM', 'WINDOW_ROWS', 'WINDOW_COLS', 'ROW_MARGIN', 'COL_MARGIN', 'M', 'HAS_BIAS', 'HAS_PADDING', 'R', 'KINDS',
+    'PRECISION')
 
 Arguments = Dict[str, Any]
 Gradients = Tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor], Optional[Tensor]]
@@ -244,7 +245,14 @@ def block_shapes(kernel: str, head_dim: int, dtype: torch.dtype, capability: Tup
     return next(shapes for width, shapes in sorted(table[kernel].items()) if head_dim <= width)
 
 
-def constants(head_dim: int, window: Window, num_additional: int, has_bias: bool, dtype: torch.dtype) -> Arguments:
+def constants(
+        head_dim: int,
+        window: Window,
+        num_additional: int,
+        has_bias: bool,
+        has_padding: bool,
+        dtype: torch.dtype,
+) -> Arguments:
     """Compile-time arguments of the kernels, but for block shapes."""
     tile_rows, tile_cols = tile_size(window)
     block_m = max(power_of_two(num_additional), 16)
@@ -262,6 +270,7 @@ def constants(head_dim: int, window: Window, num_additional: int, has_bias: bool
         BLOCK_M=min(block_m, 32),
         ROWS_M=min(block_m, 32 if dtype == torch.float32 else 64),
         HAS_BIAS=has_bias,
+        HAS_PADDING=has_padding,
         PRECISION='tf32' if dtype == torch.float32 and allows_tf32() else 'ieee',
     )
 
@@ -298,6 +307,7 @@ def forward(
         bias: Optional[Tensor],
         scale: float,
         with_lse: bool,
+        padding: Optional[Tensor] = None,
 ) -> Tuple[Tensor, Tensor]:
     """`ls_vision.ops.attention.attend`, which describes arguments and results.
 
@@ -309,7 +319,7 @@ def forward(
     B, H, W, h, d = query.shape
     out = buffer((B, H, W, h, d), query.dtype, query.device)
     statistics = buffer((2, B, h, H, W), torch.float32, query.device)
-    arguments = _arguments(query, pair, window, additional, bias, scale)
+    arguments = _arguments(query, pair, window, additional, bias, scale, padding)
     arguments.update(out_ptr=out, **_statistics(statistics), **_query_table(bias, window, query))
     tiles = B * h * arguments['tiles_y'] * arguments['tiles_x']
     launch('forward', tiles, arguments, query, BLOCK_Q=math.prod(tile_size(window)))
@@ -328,6 +338,7 @@ def backward(
         out: Tensor,
         statistics: Tensor,
         needs: Sequence[bool],
+        padding: Optional[Tensor] = None,
 ) -> Gradients:
     """Gradients of `forward`, from its arguments and results, contiguous and in the dtypes of the inputs.
 
@@ -339,10 +350,10 @@ def backward(
     """
     if grad_lse is not None:
         return blocked_backward(
-            grad_out, grad_lse, query, pair, window, additional, bias, scale, out, statistics, needs)
+            grad_out, grad_lse, query, pair, window, additional, bias, scale, out, statistics, needs, padding)
     B, H, W, h, _ = query.shape
     tile_rows, tile_cols = tile_size(window)
-    arguments = _arguments(query, pair, window, additional, bias, scale)
+    arguments = _arguments(query, pair, window, additional, bias, scale, padding)
     delta = buffer((B, h, H, W), torch.float32, query.device)
     grad_query = buffer(query.shape, query.dtype, query.device)
     grad_pair = grad_additional = grad_bias = None
@@ -360,8 +371,8 @@ def backward(
         dk, dv = grad_pair.unbind(3)
         # key tiles begin a margin before the grid, but where one window is all there is along an axis
         single = (tile_rows, tile_cols) == (window.rows, window.cols)
-        offset_y = 0 if single and H <= window.rows else window.row_margin
-        offset_x = 0 if single and W <= window.cols else window.col_margin
+        offset_y = 0 if single and window.rows >= H else window.row_margin
+        offset_x = 0 if single and window.cols >= W else window.col_margin
         tiles_y, tiles_x = _key_tiles(H, tile_rows, offset_y), _key_tiles(W, tile_cols, offset_x)
         own = dict(
             dk_ptr=dk, dv_ptr=dv, tiles_y=tiles_y, tiles_x=tiles_x, offset_y=offset_y, offset_x=offset_x,
@@ -447,6 +458,7 @@ def _arguments(
         additional: Optional[Tensor],
         bias: Optional[Tensor],
         scale: float,
+        padding: Optional[Tensor],
 ) -> Arguments:
     """What the kernels have in common, by the names of their parameters."""
     B, H, W, h, d = query.shape
@@ -462,7 +474,9 @@ def _arguments(
     for name, x in (('ak', ak), ('av', av)):
         b, m, *_, head, _ = x.stride()
         arguments.update({f'{name}_ptr': x, f'{name}_b': b, f'{name}_m': m, f'{name}_h': head})
-    arguments.update(constants(d, window, M, bias is not None, query.dtype))
+    arguments.update(constants(d, window, M, bias is not None, padding is not None, query.dtype))
+    # without padding the pointer is not used, either
+    arguments['padding_ptr'] = query if padding is None else padding.contiguous().view(torch.uint8)
     rows = _rows_of_tile(window)
     if rows * max(arguments['q_y'], arguments['k_y'], arguments['v_y'], 2 * W * h * d) >= 2 ** 31:
         raise ValueError(
