@@ -73,3 +73,9 @@ def test_command(tmp_path, capsys):
     assert '| stages.3.blocks.0 |' in capsys.readouterr().out
     rows = json.loads(out.read_text())
     assert len(rows) == 8 and rows[0]['rank'] == 4 and rows[-1]['rank'] == 0
+
+
+def test_pixel_is_not_for_the_table(capsys):
+    with pytest.raises(SystemExit):
+        main(['attention', 'cat.png', '--summary', '--pixel', '1', '1'])
+    assert capsys.readouterr().err.startswith('error: --pixel: chooses a token of the sheet')

@@ -67,6 +67,8 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
 
 def summarize(args: argparse.Namespace) -> None:
     """Prints the table, and writes its rows."""
+    if args.pixel is not None:
+        raise UserError('--pixel: chooses a token of the sheet; --summary is of all tokens and blocks')
     out = None if args.out is None else check_output(args.out, '--out', '.json')
 
     from ls_vision.analysis import attention_sheet
