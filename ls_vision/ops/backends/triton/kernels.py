@@ -169,7 +169,6 @@ def _load_window_keys(
         readable = inside
     if HAS_PADDING:
         inside = inside & (tl.load(padding_ptr + row * W + col, mask=inside, other=1) == 0)
-        readable = inside
     k = _load_rows(k_ptr, row * k_y + col * k_x, readable, HEAD_DIM, D)
     v = _load_rows(v_ptr, row * v_y + col * v_x, readable, HEAD_DIM, D)
     return k, v, row, col, inside

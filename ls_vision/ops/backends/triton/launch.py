@@ -68,7 +68,8 @@ _LONG_RANGE_BLOCKS: Dict[str, Dict[int, List[Blocks]]] = {
 }
 # By kernel and head width up to which they serve, for operands of 16 bits. The first is the default, the others are
 # alternatives to time; those of the additional keys' and the bias's gradient have equal shapes, for the buffers of
-# partial sums depend on them. None of them spills registers: tests/ops/test_triton.py compiles them.
+# partial sums depend on them. None of them spills registers, but for one that spills 16 bytes with a mask of padding:
+# tests/ops/test_triton.py compiles them.
 _HOPPER_BLOCKS: Dict[str, Dict[int, List[Blocks]]] = {
     'forward': {
         64: [Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 3), Blocks(64, 32, 4, 3)],
