@@ -1,7 +1,7 @@
 """The long-range half by Triton's kernels, as operators that autograd and compilers understand.
 
 Unlike those of `long_range`, the operator of summaries takes scores, not weights: the softmax is part of the kernel.
-Both keep the softmax's statistics, from which the backward pass makes the weights again.
+Both keep the softmax's statistics, from which the backward pass makes the weights again. Their FLOPs are counted there.
 
 Shapes: B batch, N tokens, n kinds of tokens (keys and values), h heads, d head width, r rank; g global queries, m own
 keys of the global tokens.
@@ -10,12 +10,10 @@ from typing import Optional, Tuple
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from . import double_backward
 from .backends.triton import long_range as kernels
-from .joint_heads import float16_scale
-from .plain_long_range import attend_plainly, token_weights, weighted_sums
+from .plain_long_range import attend_plainly, summarize_plainly
 
 # ---- summaries -------------------------------------------------------------------------------------------------------
 
@@ -59,10 +57,8 @@ def _setup_summarize(ctx, inputs, output) -> None:
 
 def _summarize_plainly(scores: Tensor, tokens: Tensor) -> Tuple[Tensor, Tensor]:
     """Sums (B, r, n, h, d) and the log-sum-exp (B, r, h)."""
-    sums = weighted_sums(token_weights(scores), tokens)  # (B, n, h, r, d)
-    if scores.dtype == torch.float16:
-        sums = sums / float16_scale()
-    return sums.permute(0, 3, 1, 2, 4), scores.float().logsumexp(-1).transpose(1, 2)
+    sums, _ = summarize_plainly(scores, tokens, False)  # (B, h, r, n, d)
+    return sums.permute(0, 2, 3, 1, 4), scores.float().logsumexp(-1).transpose(1, 2)
 
 
 def _differentiate_summarize(ctx, grad: Optional[Tensor], grad_statistics: Optional[Tensor]):
@@ -77,17 +73,6 @@ def _differentiate_summarize(ctx, grad: Optional[Tensor], grad_statistics: Optio
 
 
 _summarize.register_autograd(_differentiate_summarize, setup_context=_setup_summarize)
-
-
-@register_flop_formula(torch.ops.ls_vision.fused_summarize)
-def _summarize_flops(scores, tokens, *args, **kwargs) -> int:
-    B, h, r, N = scores
-    return 2 * B * h * r * N * tokens[2] * tokens[4]
-
-
-@register_flop_formula(torch.ops.ls_vision.fused_summarize_backward)
-def _summarize_backward_flops(grad, grad_lse, scores, tokens, *args, **kwargs) -> int:
-    return 2 * _summarize_flops(scores, tokens)
 
 
 # ---- global tokens ---------------------------------------------------------------------------------------------------
@@ -147,14 +132,3 @@ def _differentiate_attend(ctx, grad: Optional[Tensor], grad_statistics: Optional
 
 
 _attend.register_autograd(_differentiate_attend, setup_context=_setup_attend)
-
-
-@register_flop_formula(torch.ops.ls_vision.fused_global_attention)
-def _attend_flops(query, own, tokens, *args, **kwargs) -> int:
-    B, g, h, d = query
-    return 4 * B * g * (own[1] + tokens[1]) * h * d
-
-
-@register_flop_formula(torch.ops.ls_vision.fused_global_attention_backward)
-def _attend_backward_flops(grad, grad_lse, query, own, tokens, *args, **kwargs) -> int:
-    return _attend_flops(query, own, tokens) * 5 // 2

@@ -20,9 +20,15 @@ from . import double_backward, fused_long_range, joint_heads  # noqa: F401  (reg
 from .backends import takes_kernels
 from .calls import is_followed
 from .chunks import image_chunks
-from .joint_heads import float16_scale
 from .numerics import at_least_float32, statistics_dtype, to_dtype
-from .plain_long_range import attend_plainly, global_logits, token_weights, weighted_sums
+from .plain_long_range import (
+    attend_plainly,
+    global_logits,
+    summarize_plainly,
+    sums_by_head,
+    token_weights,
+    weighted_sums,
+)
 
 SHORTEST_IN_PLACE = 1024  # tokens; the products of many short sequences are faster on copies, all in one call
 
@@ -56,25 +62,15 @@ def summarize(scores: Tensor, tokens: Tensor, with_lse: bool = False) -> Tuple[T
         lse: (B, h, r), the log-sum-exp of the scores; undefined unless `with_lse`.
     """
     if torch.jit.is_scripting():
-        return _summarize_by_weights(scores, tokens, with_lse)
+        return summarize_plainly(scores, tokens, with_lse)
     else:
-        if not is_followed(scores, tokens) and takes_kernels(tokens, scores.shape[2], [scores], False):
+        if is_followed(scores, tokens):
+            return summarize_plainly(scores, tokens, with_lse)
+        if takes_kernels(tokens, scores.shape[2], [scores], False):
             sums, statistics = torch.ops.ls_vision.fused_summarize(scores, tokens)  # (B, r, n, h, d), (2, B, r, h)
             return sums.permute(0, 3, 1, 2, 4), statistics.sum(0).transpose(1, 2) if with_lse else scores
-        return _summarize_by_weights(scores, tokens, with_lse)
-
-
-def _summarize_by_weights(scores: Tensor, tokens: Tensor, with_lse: bool) -> Tuple[Tensor, Tensor]:
-    weights = token_weights(scores)
-    lse = scores.logsumexp(dim=-1) if with_lse else scores
-    if torch.jit.is_scripting():
-        sums = weighted_sums(weights, tokens)
-    else:
-        followed = is_followed(scores, tokens)
-        sums = (weighted_sums if followed else torch.ops.ls_vision.summarize)(weights, tokens)  # (B, n, h, r, d)
-    if scores.dtype == torch.float16:
-        sums = sums / float16_scale()
-    return sums.permute(0, 2, 3, 1, 4), lse
+        sums = sums_by_head(torch.ops.ls_vision.summarize(token_weights(scores), tokens))
+        return sums, scores.logsumexp(dim=-1) if with_lse else scores
 
 
 @torch.library.custom_op('ls_vision::summarize', mutates_args=())
@@ -164,7 +160,7 @@ def _differentiate_summarize(ctx, grad: Tensor):
 _summarize.register_autograd(_differentiate_summarize, setup_context=_setup_summarize)
 
 
-@register_flop_formula(torch.ops.ls_vision.summarize)
+@register_flop_formula([torch.ops.ls_vision.summarize, torch.ops.ls_vision.fused_summarize])
 def _summarize_flops(weights, tokens, *args, **kwargs) -> int:
     B, h, r, N = weights
     return 2 * B * h * r * N * tokens[2] * tokens[4]
@@ -173,6 +169,11 @@ def _summarize_flops(weights, tokens, *args, **kwargs) -> int:
 @register_flop_formula(torch.ops.ls_vision.summarize_backward)
 def _summarize_backward_flops(grad, weights, tokens, *args, **kwargs) -> int:
     return 2 * _summarize_flops(weights, tokens)
+
+
+@register_flop_formula(torch.ops.ls_vision.fused_summarize_backward)
+def _fused_summarize_backward_flops(grad, grad_lse, scores, tokens, *args, **kwargs) -> int:
+    return 2 * _summarize_flops(scores, tokens)
 
 
 # ---- global tokens ---------------------------------------------------------------------------------------------------
@@ -320,12 +321,13 @@ def _differentiate_attend(ctx, grad: Optional[Tensor], grad_lse: Optional[Tensor
 _attend.register_autograd(_differentiate_attend, setup_context=_setup_attend)
 
 
-@register_flop_formula(torch.ops.ls_vision.global_attention)
+@register_flop_formula([torch.ops.ls_vision.global_attention, torch.ops.ls_vision.fused_global_attention])
 def _attend_flops(query, own, tokens, *args, **kwargs) -> int:
     B, g, h, d = query
     return 4 * B * g * (own[1] + tokens[1]) * h * d
 
 
-@register_flop_formula(torch.ops.ls_vision.global_attention_backward)
+@register_flop_formula([
+    torch.ops.ls_vision.global_attention_backward, torch.ops.ls_vision.fused_global_attention_backward])
 def _attend_backward_flops(grad, grad_lse, query, own, tokens, *args, **kwargs) -> int:
     return _attend_flops(query, own, tokens) * 5 // 2

@@ -24,6 +24,19 @@ def token_weights(scores: Tensor) -> Tensor:
     return scores.softmax(dim=-1, dtype=scores.dtype)
 
 
+def summarize_plainly(scores: Tensor, tokens: Tensor, with_lse: bool) -> Tuple[Tensor, Tensor]:
+    """`ls_vision.ops.long_range.summarize`, which describes arguments and results."""
+    sums = sums_by_head(weighted_sums(token_weights(scores), tokens))
+    return sums, scores.logsumexp(dim=-1) if with_lse else scores
+
+
+def sums_by_head(sums: Tensor) -> Tensor:
+    """Sums (B, n, h, r, d) by `token_weights`, without the factor of these -> (B, h, r, n, d)."""
+    if sums.dtype == torch.float16:
+        sums = sums / float16_scale()
+    return sums.permute(0, 2, 3, 1, 4)
+
+
 def weighted_sums(weights: Tensor, tokens: Tensor) -> Tensor:
     """(B, h, r, N) weights and (B, N, n, h, d) tokens -> (B, n, h, r, d)."""
     return torch.matmul(weights.unsqueeze(1), tokens.permute(0, 2, 3, 1, 4))

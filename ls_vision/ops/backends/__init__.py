@@ -83,13 +83,12 @@ def takes_kernels(tokens: Tensor, rows: int, others: Sequence[Tensor], is_global
         others: What else a kernel reads.
         is_global: Attention of global tokens, not summaries.
     """
-    asked = os.environ.get(BACKEND_ENV) or ('triton' if _prefers_triton(tokens) else None)
-    if asked != 'triton' or any(x.dtype != tokens.dtype for x in others):
+    named = os.environ.get(BACKEND_ENV)
+    if named not in (None, '', 'triton') or not (named or _prefers_triton(tokens)):
         return False
-    if triton.long_range.why_not(tokens, rows) is not None:
+    if any(x.dtype != tokens.dtype for x in others) or triton.long_range.why_not(tokens, rows) is not None:
         return False
-    named = bool(os.environ.get(BACKEND_ENV))  # then it is trusted
-    return named or triton.failure_of_sums(tokens, rows, is_global) is None
+    return bool(named) or triton.failure_of_sums(tokens, rows, is_global) is None  # what is named is not tried
 
 
 def _prefers_triton(query: Tensor) -> bool:
