@@ -300,20 +300,16 @@ def forward_kernel(
     # of the rows outside the grid whole blocks are skipped, not parts, which keeps the bias table's vectors aligned
     first = tl.maximum(ROW_MARGIN - row0, 0) * COLS // BLOCK_K * BLOCK_K
     last = tl.minimum(ROWS, H - row0 + ROW_MARGIN) * COLS
-    if _is_interior(row0, col0, H, W, ROW_MARGIN, COL_MARGIN, ROWS, COLS, BLOCK_K):
-        for start in range(first, last, BLOCK_K):
-            logits, k, v = _window_block(
-                start, q, k_ptr, v_ptr, bias_ptr, padding_ptr, bias_q, q_index, q_row, q_col, row0, col0,
-                k_y, k_x, v_y, v_x, H, W, scale, HEAD_DIM, D, WINDOW_ROWS, WINDOW_COLS, ROW_MARGIN, COL_MARGIN,
-                TILE_ROWS * TILE_COLS, ROWS, COLS, HAS_BIAS, HAS_PADDING, PRECISION, BLOCK_K, True)
-            peak, total, acc = _accumulate(logits, v, peak, total, acc, PRECISION)
-    else:
-        for start in range(first, last, BLOCK_K):
-            logits, k, v = _window_block(
-                start, q, k_ptr, v_ptr, bias_ptr, padding_ptr, bias_q, q_index, q_row, q_col, row0, col0,
-                k_y, k_x, v_y, v_x, H, W, scale, HEAD_DIM, D, WINDOW_ROWS, WINDOW_COLS, ROW_MARGIN, COL_MARGIN,
-                TILE_ROWS * TILE_COLS, ROWS, COLS, HAS_BIAS, HAS_PADDING, PRECISION, BLOCK_K, False)
-            peak, total, acc = _accumulate(logits, v, peak, total, acc, PRECISION)
+    is_interior = _is_interior(row0, col0, H, W, ROW_MARGIN, COL_MARGIN, ROWS, COLS, BLOCK_K)
+    # two loops are compiled, of which a program runs one; unlike those of if and else they share buffers
+    for EDGE in tl.static_range(2):
+        if is_interior == (EDGE == 0):
+            for start in range(first, last, BLOCK_K):
+                logits, k, v = _window_block(
+                    start, q, k_ptr, v_ptr, bias_ptr, padding_ptr, bias_q, q_index, q_row, q_col, row0, col0,
+                    k_y, k_x, v_y, v_x, H, W, scale, HEAD_DIM, D, WINDOW_ROWS, WINDOW_COLS, ROW_MARGIN, COL_MARGIN,
+                    TILE_ROWS * TILE_COLS, ROWS, COLS, HAS_BIAS, HAS_PADDING, PRECISION, BLOCK_K, EDGE == 0)
+                peak, total, acc = _accumulate(logits, v, peak, total, acc, PRECISION)
 
     if HAS_PADDING:
         has_none = peak == float('-inf')
@@ -386,20 +382,16 @@ def query_gradient_kernel(
         padding_ptr += _map_corner(batch, 0, row0, col0, 1, H, W)
     first = tl.maximum(ROW_MARGIN - row0, 0) * COLS // BLOCK_K * BLOCK_K
     last = tl.minimum(ROWS, H - row0 + ROW_MARGIN) * COLS
-    if _is_interior(row0, col0, H, W, ROW_MARGIN, COL_MARGIN, ROWS, COLS, BLOCK_K):
-        for start in range(first, last, BLOCK_K):
-            logits, k, v = _window_block(
-                start, q, k_ptr, v_ptr, bias_ptr, padding_ptr, bias_q, q_index, q_row, q_col, row0, col0,
-                k_y, k_x, v_y, v_x, H, W, scale, HEAD_DIM, D, WINDOW_ROWS, WINDOW_COLS, ROW_MARGIN, COL_MARGIN,
-                TILE_ROWS * TILE_COLS, ROWS, COLS, HAS_BIAS, HAS_PADDING, PRECISION, BLOCK_K, True)
-            dq = _accumulate_query_gradient(logits, k, v, dout, peak, log_total, delta, scale, dq, PRECISION)
-    else:
-        for start in range(first, last, BLOCK_K):
-            logits, k, v = _window_block(
-                start, q, k_ptr, v_ptr, bias_ptr, padding_ptr, bias_q, q_index, q_row, q_col, row0, col0,
-                k_y, k_x, v_y, v_x, H, W, scale, HEAD_DIM, D, WINDOW_ROWS, WINDOW_COLS, ROW_MARGIN, COL_MARGIN,
-                TILE_ROWS * TILE_COLS, ROWS, COLS, HAS_BIAS, HAS_PADDING, PRECISION, BLOCK_K, False)
-            dq = _accumulate_query_gradient(logits, k, v, dout, peak, log_total, delta, scale, dq, PRECISION)
+    is_interior = _is_interior(row0, col0, H, W, ROW_MARGIN, COL_MARGIN, ROWS, COLS, BLOCK_K)
+    # two loops are compiled, of which a program runs one; unlike those of if and else they share buffers
+    for EDGE in tl.static_range(2):
+        if is_interior == (EDGE == 0):
+            for start in range(first, last, BLOCK_K):
+                logits, k, v = _window_block(
+                    start, q, k_ptr, v_ptr, bias_ptr, padding_ptr, bias_q, q_index, q_row, q_col, row0, col0,
+                    k_y, k_x, v_y, v_x, H, W, scale, HEAD_DIM, D, WINDOW_ROWS, WINDOW_COLS, ROW_MARGIN, COL_MARGIN,
+                    TILE_ROWS * TILE_COLS, ROWS, COLS, HAS_BIAS, HAS_PADDING, PRECISION, BLOCK_K, EDGE == 0)
+                dq = _accumulate_query_gradient(logits, k, v, dout, peak, log_total, delta, scale, dq, PRECISION)
     _store_rows(dq_ptr + corner, offset, dq, q_valid, HEAD_DIM, D)
 
 
