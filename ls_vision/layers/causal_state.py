@@ -10,6 +10,8 @@ from typing import Any, Callable, List, Optional, Tuple
 import torch
 from torch import Tensor
 
+from .checks import describe
+
 
 @dataclass(frozen=True)
 class CausalState:
@@ -93,8 +95,7 @@ class RaggedState:
 
 def _check_index(index: Any, batch: int) -> None:
     if not isinstance(index, Tensor) or index.dim() != 1 or index.dtype not in (torch.int32, torch.int64):
-        found = f'{index.dtype} {list(index.shape)}' if isinstance(index, Tensor) else type(index).__name__
-        raise ValueError(f'index is {found}, expected a tensor of integers (batch,).')
+        raise ValueError(f'index is {describe(index)}, expected a tensor of integers (batch,).')
     wrong = index[(index < 0) | (index >= batch)]
     if wrong.numel():
         raise ValueError(f'index has {wrong[0].item()}, expected rows 0 to {batch - 1} of the batch.')

@@ -44,6 +44,11 @@ def check_tokens(name: str, x: Any, dim: int, batch: Optional[int] = None) -> No
         raise ValueError(f'{name} has {found}, expected ({"batch" if batch is None else batch}, tokens, {dim}).')
 
 
+def describe(value: Any) -> str:
+    """Dtype and shape of a tensor, the type of anything else."""
+    return f'{value.dtype} {list(value.shape)}' if isinstance(value, Tensor) else type(value).__name__
+
+
 def embed(embedding: nn.Embedding, tokens: Any) -> Tensor:
     """`embedding(tokens)`, (B, N) -> (B, N, C).
 
@@ -51,8 +56,8 @@ def embed(embedding: nn.Embedding, tokens: Any) -> Tensor:
         ValueError: The tokens are no (batch, tokens) of whole numbers, or not those of the vocabulary.
     """
     if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.dtype not in (torch.int32, torch.int64):
-        found = f'{tokens.dtype} {list(tokens.shape)}' if isinstance(tokens, Tensor) else type(tokens).__name__
-        raise ValueError(f'tokens is {found}, expected whole numbers (batch, tokens) of type int64 or int32.')
+        raise ValueError(
+            f'tokens is {describe(tokens)}, expected whole numbers (batch, tokens) of type int64 or int32.')
     try:
         return embedding(tokens)
     except IndexError:

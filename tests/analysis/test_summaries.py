@@ -75,7 +75,8 @@ def test_command(tmp_path, capsys):
     assert len(rows) == 8 and rows[0]['rank'] == 4 and rows[-1]['rank'] == 0
 
 
-def test_pixel_is_not_for_the_table(capsys):
+@pytest.mark.parametrize('option', [['--pixel', '1', '1'], ['--stage', '0'], ['--block', '1']], ids=lambda x: x[0])
+def test_choices_of_the_sheet_are_not_for_the_table(option, capsys):
     with pytest.raises(SystemExit):
-        main(['attention', 'cat.png', '--summary', '--pixel', '1', '1'])
-    assert capsys.readouterr().err.startswith('error: --pixel: chooses a token of the sheet')
+        main(['attention', 'cat.png', '--summary', *option])
+    assert capsys.readouterr().err.startswith(f'error: {option[0]}: chooses what the sheet shows')

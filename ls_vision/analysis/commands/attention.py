@@ -33,8 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--img-size', metavar='SIZE',
         help='size to resize the image to (default: shorter side as configured for the model, same aspect ratio)')
-    parser.add_argument('--stage', type=int, default=0, help='stage, numbered from 0 (default: %(default)s)')
-    parser.add_argument('--block', type=int, default=0, help='block of the stage, from 0 (default: %(default)s)')
+    parser.add_argument('--stage', type=int, help='stage of the sheet, numbered from 0 (default: 0)')
+    parser.add_argument('--block', type=int, help='block of the stage, from 0 (default: 0)')
     parser.add_argument(
         '--pixel', type=int, nargs=2, metavar=('ROW', 'COLUMN'), help='query pixel in the file (default: its centre)')
     parser.add_argument(
@@ -67,8 +67,9 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
 
 def summarize(args: argparse.Namespace) -> None:
     """Prints the table, and writes its rows."""
-    if args.pixel is not None:
-        raise UserError('--pixel: chooses a token of the sheet; --summary is of all tokens and blocks')
+    for option in ('stage', 'block', 'pixel'):
+        if getattr(args, option) is not None:
+            raise UserError(f'--{option}: chooses what the sheet shows; --summary is of all blocks and tokens')
     out = None if args.out is None else check_output(args.out, '--out', '.json')
 
     from ls_vision.analysis import attention_sheet
@@ -94,7 +95,7 @@ def draw(args: argparse.Namespace) -> None:
     model, image = load(args)
     weights = f'weights of {args.checkpoint.name}' if args.checkpoint else 'random weights'
     title = f'{args.model}, {weights}: {args.image.name} at {image.shape[1]} x {image.shape[2]}'
-    sheet = attention_sheet.look(model, image, args.stage, args.block, share_of_image(args), title)
+    sheet = attention_sheet.look(model, image, args.stage or 0, args.block or 0, share_of_image(args), title)
     attention_sheet.draw(sheet, out)
     with atomic_write(arrays) as file:
         np.savez_compressed(file, **sheet.arrays())  # type: ignore[arg-type]
