@@ -47,6 +47,10 @@ def main() -> None:
     parser.add_argument('--loops', action='store_true', help='count the instructions of loops')
     parser.add_argument('--publish', action='store_true', help='write a dated file under benchmarks/results')
     args = parser.parse_args()
+    for option, most in (('widths', 128), ('windows', 50)):
+        wrong = [value for value in getattr(args, option) if not 1 <= value <= most]
+        if wrong:
+            parser.error(f'--{option} {wrong[0]}: expected 1 to {most}')
     rows = []
     for case in tqdm(problems(args), disable=None):
         for compiled in compile_kernel(**case, with_loops=args.loops):

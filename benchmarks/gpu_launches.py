@@ -22,9 +22,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ls_vision  # noqa: F401  registers the models
+from ls_vision.analysis import zoo
 from ls_vision.analysis.tables import markdown
 from ls_vision.ops import attention, backends, calls, fused_long_range, long_range
 from ls_vision.ops.backends.triton import launch
+from ls_vision.runtime.errors import UserError
 
 MODELS = ('vil_ls_medium', 'vil_ls_medium_linear', 'cvt_ls_21', 'swin_small_patch4_window7_224')
 # Of operations that are not one kernel each, as PyTorch 2.9 launches them.
@@ -164,6 +166,11 @@ def main() -> None:
     parser.add_argument('--img-size', type=int, default=224)
     parser.add_argument('--kernels', action='store_true', help='list the kernels of a training step, too')
     args = parser.parse_args()
+    try:
+        for name in args.models:
+            zoo.check_model(name)
+    except UserError as e:
+        parser.error(str(e))
     rows = [count(name, args.batch_size, args.img_size) for name in args.models]
     print(markdown(rows, {
         'model': lambda row: row.model,

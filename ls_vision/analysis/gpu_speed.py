@@ -219,6 +219,8 @@ def main() -> None:
     parser.add_argument('folder', type=Path, help='where the dated files go')
     parser.add_argument('--seconds', type=float, default=10., help='for each comparison')
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error('there is no GPU to measure')
     device, dtype = torch.device('cuda'), torch.bfloat16
     models = []
     workloads = [
