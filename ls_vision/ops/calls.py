@@ -35,10 +35,13 @@ def is_empty(x: Tensor) -> bool:
 
 
 def is_plain_inference(x: Tensor) -> bool:
-    """True in eager inference that nobody follows: no autograd, compilation, tracing, transform, mode or subclass."""
+    """True in eager inference that nobody follows: no autograd, compilation, tracing, transform, mode or subclass.
+
+    Nor a profiler, which counts the FLOPs of PyTorch's own operators alone.
+    """
     return not (
         torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._len_torch_function_stack() > 0
-        or torch._C._len_torch_dispatch_stack() > 0 or is_followed(x))
+        or torch._C._len_torch_dispatch_stack() > 0 or torch.autograd._profiler_enabled() or is_followed(x))
 
 
 def _is_transformed() -> bool:
