@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from numpy.polynomial import Polynomial
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ls_vision.analysis.flops import count_quickly
 from ls_vision.analysis.worker import Settings, training_loss
@@ -63,19 +64,21 @@ def count_parameters(name: str, size: ImageSize) -> int:
 
 
 def saved_bytes(name: str, side: int, settings: Settings) -> int:
-    """Bytes that the forward pass of a training step on one square image saves for backward, without the weights."""
-    model = build(name, (side, side), device=settings.device).train()
-    weights = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    saved: dict[int, int] = {}
+    """Bytes that the forward pass of a training step on one square image saves for backward, without the weights.
 
-    def note(tensor: torch.Tensor) -> torch.Tensor:
+    They are counted, not kept. A weak reference's address is that of one storage for as long as the reference lives.
+    """
+    model = build(name, (side, side), device=settings.device).train()
+    weights = {StorageWeakRef(t.untyped_storage()).cdata for t in (*model.parameters(), *model.buffers())}
+    saved: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def note(tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        reference = StorageWeakRef(storage)
+        if reference.cdata not in weights:
+            saved[reference.cdata] = reference, storage.nbytes()
 
     images = torch.randn(1, 3, side, side, device=settings.device)
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        loss = training_loss(model, images, settings)
-    del loss  # until here all that was saved is alive, so that no address is of two tensors
-    return sum(saved.values())
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda nothing: nothing):
+        training_loss(model, images, settings)
+    return sum(size for _, size in saved.values())
