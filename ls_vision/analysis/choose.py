@@ -59,7 +59,8 @@ class Candidate:
         return list(self.visits)[-1]
 
     @property
-    def is_time_measured(self) -> bool:
+    def is_measured(self) -> bool:
+        """Whether time and memory are those at the size itself."""
         return self.point in self.visits
 
     def seconds(self, point: Point) -> float:
@@ -70,7 +71,7 @@ class Candidate:
     @property
     def memory(self) -> Optional[int]:
         """Peak in bytes: measured, or else predicted."""
-        if self.is_time_measured:
+        if self.is_measured:
             return max(result['memory'] for result in self.visits[self.point])
         return self.predicted_memory
 
@@ -86,7 +87,7 @@ class Candidate:
         return dict(
             self.wish._asdict(), memory=self.memory, memory_asked=self.wish.memory, model=self.model,
             is_choice=self.is_choice, reason=self.reason, params=self.params, macs=self.macs,
-            seconds=self.seconds(self.point) if known else None, is_measured=self.is_time_measured,
+            seconds=self.seconds(self.point) if known else None, is_measured=self.is_measured,
             measured_at=self.last._asdict() if known else None, predicted_memory=self.predicted_memory,
             published=self.published and self.published._asdict())
 
@@ -186,7 +187,7 @@ def check_memory(candidate: Candidate) -> None:
     """Refuses a model that needs more memory than was asked for."""
     memory = candidate.memory
     if memory is not None and memory > candidate.wish.memory:
-        about = '' if candidate.is_time_measured else 'about '
+        about = '' if candidate.is_measured else 'about '
         candidate.reason = f'needs {about}{memory_name(memory)}'
 
 

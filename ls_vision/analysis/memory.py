@@ -24,6 +24,8 @@ def training_memory(name: str, size: ImageSize, batch_size: int, settings: Setti
         UserError: The model does not take images of `SIDES` or of the size.
     """
     saved = {float(side * side): saved_bytes(name, side, settings) for side in SIDES}
+    if settings.device == 'cuda':
+        torch.cuda.empty_cache()  # other processes measure
     activations = extrapolate(saved, size[0] * size[1], grows_faster(name, (SIDES[1], SIDES[1]), size))
     return round(4 * torch.float32.itemsize * count_parameters(name, size) + batch_size * activations)
 
