@@ -1,6 +1,6 @@
 """Which backbone to take: time and memory of models at one image size, measured as far as time and memory allow.
 
-What is too large to measure is estimated: time from a smaller size by multiply-adds, memory as `analysis.memory` does.
+What is too large to measure is estimated: time from smaller sizes by multiply-adds, memory as `analysis.memory` does.
 """
 import statistics
 from collections.abc import Iterator, Sequence
@@ -17,8 +17,6 @@ from ls_vision.runtime.errors import UserError
 
 SMALL = 256 * 256
 """Pixels of a batch that are measured without a prediction."""
-
-ROUNDS = 2
 
 
 class Wish(NamedTuple):
@@ -63,10 +61,26 @@ class Candidate:
         """Whether time and memory are those at the size itself."""
         return self.point in self.visits
 
+    @property
+    def basis(self) -> list[Point]:
+        """What the time rests on: the size itself, or the two largest that were measured."""
+        return [self.point] if self.is_measured else list(self.visits)[-2:]
+
     def seconds(self, point: Point) -> float:
-        """Median time of a call, scaled by multiply-adds from the largest that was measured."""
-        times = [seconds for result in self.visits[self.last] for seconds in result['seconds']]
-        return statistics.median(times) * work(point) / work(self.last)
+        """Median time of a call: measured, or else on the line through the two largest that were, by multiply-adds.
+
+        The line's start is the time that does not depend on the image, such as that of AdamW's update. Where noise puts
+        it below zero, the time is in proportion.
+        """
+        times = {p: statistics.median(s for r in results for s in r['seconds']) for p, results in self.visits.items()}
+        if point in times:
+            return times[point]
+        *before, last = times
+        slope = times[last] / work(last)
+        if before:
+            rise = (times[last] - times[before[-1]]) / (work(last) - work(before[-1]))
+            slope = rise if 0 < rise < slope else slope
+        return times[last] + slope * (work(point) - work(last))
 
     @property
     def memory(self) -> Optional[int]:
@@ -93,7 +107,7 @@ class Candidate:
 
 
 def compare(candidates: Sequence[Candidate], settings: Settings, free: int) -> None:
-    """Examines all candidates in two rounds, the second one backwards, so that load on the machine affects all alike.
+    """Examines all candidates, and measures again backwards, so that load on the machine affects all alike.
 
     Args:
         candidates: Results go into them at once; an interrupt leaves what is complete.
@@ -103,17 +117,16 @@ def compare(candidates: Sequence[Candidate], settings: Settings, free: int) -> N
     Raises:
         UserError: Not one is a choice.
     """
-    with tqdm(total=ROUNDS * len(candidates), desc='examining', unit='visit', disable=None) as progress:
+    with tqdm(total=2 * len(candidates), desc='examining', unit='model', disable=None) as progress:
         for candidate in candidates:
             progress.set_postfix_str(candidate.model)
             examine(candidate, settings, free)
             progress.update()
-        for _ in range(1, ROUNDS):
-            for candidate in reversed(candidates):
-                progress.set_postfix_str(candidate.model)
-                if candidate.is_choice:
-                    measure(candidate, candidate.last, settings)
-                progress.update()
+        for candidate in reversed(candidates):
+            progress.set_postfix_str(candidate.model)
+            for point in candidate.basis if candidate.is_choice else ():
+                measure(candidate, point, settings)
+            progress.update()
     if not any(candidate.is_choice for candidate in candidates):
         raise UserError(explain(candidates))
 
@@ -165,9 +178,9 @@ def predict(candidate: Candidate, steps: Sequence[Point], settings: Settings) ->
 
 
 def next_step(candidate: Candidate, steps: Sequence[Point], seconds: float) -> Optional[Point]:
-    """The largest step whose call takes no longer, as far as is known; None where nothing larger can be measured."""
-    if not candidate.visits:
-        return steps[0]
+    """The two smallest steps, then the largest whose call takes no longer, as far as is known; None at the end."""
+    if len(candidate.visits) < min(2, len(steps)):
+        return steps[len(candidate.visits)]
     known = steps.index(candidate.last)
     return next((step for step in reversed(steps[known + 1:]) if candidate.seconds(step) <= seconds), None)
 

@@ -6,7 +6,7 @@ import timm
 import torch
 
 from ls_vision.analysis import choose
-from ls_vision.analysis.choose import Candidate, Wish, smaller
+from ls_vision.analysis.choose import Candidate, Wish, smaller, work
 from ls_vision.analysis.memory import count_parameters, extrapolate, grows_faster, saved_bytes, training_memory
 from ls_vision.analysis.worker import Point, Settings, training_loss, visit
 from ls_vision.analysis.zoo import PUBLISHED, build
@@ -94,6 +94,15 @@ def test_smaller_batches_come_before_smaller_images():
         (2, (512, 1024)), (1, (512, 1024)), (1, (256, 512)), (1, (128, 256))]
     assert list(smaller(Point('a', (256, 256), 1, 'inference'))) == []
     assert [p.img_size for p in smaller(Point('a', (20, 10 ** 4), 1, 'inference'))] == [(20, 5024), (20, 2528)]
+
+
+def test_time_that_does_not_depend_on_the_image_is_not_scaled():
+    candidate = Candidate('resnet10t', Wish((256, 256), 1, 'training', 1))
+    small, large = (Point('resnet10t', (side, side), 1, 'training') for side in (64, 128))
+    candidate.visits = {p: [dict(seconds=[9., 1. + work(p) / 1e9, 0.])] for p in (small, large)}
+    assert candidate.seconds(candidate.point) == pytest.approx(1. + work(candidate.point) / 1e9)
+    candidate.visits[small] = [dict(seconds=[0.01])]  # faster than in proportion: noise
+    assert candidate.seconds(candidate.point) == pytest.approx(4 * candidate.seconds(large), rel=0.01)
 
 
 def test_extrapolation():

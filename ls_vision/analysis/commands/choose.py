@@ -5,8 +5,8 @@
     ls-vision choose --img-size 640 --memory 8GiB --models 'vil_ls_*' 'convnext_*' --seconds 20 --json choice.json
 
 Memory is the peak of weights, gradients, optimiser and activations. Time and memory are measured in fresh processes
-where that is quick and fits. Otherwise time is measured at a smaller size and scaled by multiply-adds, and memory is
-predicted; the table says which. Models that do not fit or cannot run are listed with the reason. Accuracy is the
+where that is quick and fits. Otherwise time is measured at smaller sizes and extrapolated by multiply-adds, and memory
+is predicted; the table says which. Models that do not fit or cannot run are listed with the reason. Accuracy is the
 published one of ImageNet-1k at the size in brackets; it says nothing about other sizes.
 """
 import argparse
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_device_arguments(parser)
     parser.add_argument(
         '--seconds', type=positive_number, default=1.5,
-        help='time of each of two measurements of a model; a size at which one call would take longer is estimated '
+        help='time of each of two measurements; a size at which one call would take longer is estimated '
         '(default: %(default)s)')
     parser.add_argument('--json', type=Path, metavar='FILE', help='write all figures, too')
     parser.set_defaults(memory_limit=None)
@@ -105,7 +105,7 @@ def report(candidates: 'Sequence[Candidate]', machine: dict[str, Any]) -> str:
         *lines,
         f'{wish.mode.capitalize()} at {size}, batch {wish.batch_size}, {machine["dtype"]}, in at most '
         f'{memory_name(wish.memory)}; {machine["device"]}, {machine["threads"]} threads, torch {machine["torch"]}.',
-        'Estimated times were measured at the size that is named and scaled by multiply-adds.',
+        'Estimated times are extrapolated by multiply-adds, from sizes up to the one that is named.',
         f'Top-1 is of ImageNet-1k at the size in brackets, as published; it says nothing about {size}.',
         *([f"It belongs to timm's {', '.join(weights)}."] if weights else [])])
 
