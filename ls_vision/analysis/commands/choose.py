@@ -105,7 +105,7 @@ def report(candidates: 'Sequence[Candidate]', machine: dict[str, Any]) -> str:
         *lines,
         f'{wish.mode.capitalize()} at {size}, batch {wish.batch_size}, {machine["dtype"]}, in at most '
         f'{memory_name(wish.memory)}; {machine["device"]}, {machine["threads"]} threads, torch {machine["torch"]}.',
-        'Estimated times are extrapolated by multiply-adds, from sizes up to the one that is named.',
+        'Estimated times are extrapolated by multiply-adds, from sizes up to the named one; they tend to be low.',
         f'Top-1 is of ImageNet-1k at the size in brackets, as published; it says nothing about {size}.',
         *([f"It belongs to timm's {', '.join(weights)}."] if weights else [])])
 
