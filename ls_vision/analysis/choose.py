@@ -18,6 +18,9 @@ from ls_vision.runtime.errors import UserError
 SMALL = 256 * 256
 """Pixels of a batch that are measured without a prediction."""
 
+STEP_SECONDS = 1.5
+"""Time of measuring a size that is only a step towards the one that is asked for."""
+
 
 class Wish(NamedTuple):
     """What the model is for."""
@@ -187,6 +190,8 @@ def next_step(candidate: Candidate, steps: Sequence[Point], seconds: float) -> O
 
 def measure(candidate: Candidate, point: Point, settings: Settings) -> None:
     """Adds a visit or, where it failed, the reason."""
+    if point != candidate.point:
+        settings = settings._replace(seconds=min(settings.seconds, STEP_SECONDS))
     result = visit(point, settings)
     if result['status'] == 'ok':
         candidate.visits.setdefault(point, []).append(result)

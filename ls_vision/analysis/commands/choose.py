@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 COLUMNS = {
     'model': lambda c: c.model,
     'ms': lambda c: f'{c.seconds(c.point) * 1e3:.0f}',
-    'images/s': lambda c: f'{c.wish.batch_size / c.seconds(c.point):.2f}',
+    'images/s': lambda c: f'{c.wish.batch_size / c.seconds(c.point):.3g}',
     'time': lambda c: 'measured' if c.is_measured else f'estimated, {_name(c.last)}',
     'peak, GiB': lambda c: f'{c.memory / 2 ** 30:.2f}',
     'memory': lambda c: 'measured' if c.is_measured else 'predicted',
