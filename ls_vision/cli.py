@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from typing import Optional
 
 from ls_vision import export
-from ls_vision.analysis.commands import attention, bench, doctor, flops, models, scale
+from ls_vision.analysis.commands import attention, bench, choose, doctor, flops, models, scale
 from ls_vision.runtime.errors import UserError
 from ls_vision.runtime.streams import prepare_streams, silence
 
 # None imports torch before it runs, so that help and errors of arguments come at once.
 # Each is a module with `add_arguments(parser)` and `run(args)`; its docstring is the help, with examples.
 COMMANDS = dict(
-    models=models, flops=flops, bench=bench, scale=scale, attention=attention, export=export, doctor=doctor)
+    models=models, choose=choose, flops=flops, bench=bench, scale=scale, attention=attention, export=export,
+    doctor=doctor)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:

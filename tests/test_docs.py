@@ -40,6 +40,7 @@ RUN_ELSEWHERE = {
     'torchrun -m ls_vision.run': 'test_torchrun_registers_in_every_rank',
     'ls-vision flops': 'test_flops_as_json',
     'ls-vision models': 'test_models',
+    'ls-vision choose': 'test_fastest_first_and_the_rest_with_reasons',
     'ls-vision scale': 'test_killed_and_resumed',
     'ls-vision attention': 'test_sheet_of_a_photograph',
     'ls-vision export': 'test_command',

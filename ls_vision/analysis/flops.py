@@ -5,6 +5,7 @@ products. It is checked against PyTorch's `FlopCounterMode` and against closed f
 the meta device, where nothing is computed or allocated, so that 4096 px cost no more than 224 px.
 """
 import contextlib
+import functools
 import math
 import re
 import warnings
@@ -57,15 +58,10 @@ def count(name: str, size: ImageSize) -> Count:
         UserError: There is no such model, it does not take such images, it has an operator that cannot be
             counted, or the counters disagree by more than 1 %.
     """
-    model = build(name, size, device='meta').eval().requires_grad_(False)
-    images = torch.empty(1, getattr(model, 'in_chans', 3), *size, device='meta')
-    try:
-        with torch.no_grad():
-            by_module = _count_by_module(model, images)
-            formula = sum(count_by_formula(model, images).values())
-            fvcore = _count_by_fvcore(model, images)
-    except (AssertionError, NotImplementedError, RuntimeError, TypeError, ValueError) as e:
-        raise UserError(f'{name} cannot be counted at {size_name(size)}: {first_line(e)}') from e
+    with _on_meta(name, size) as (model, images):
+        by_module = _count_by_module(model, images)
+        formula = sum(count_by_formula(model, images).values())
+        fvcore = _count_by_fvcore(model, images)
     modules = dict(model.named_modules(remove_duplicate=False))
     own = {path: ops for path, ops in by_module.items() if sum(ops.values())}
     missing = tuple(sorted({type(modules[path]).__name__ for path in own if find_formula(modules[path]) is None}))
@@ -76,6 +72,29 @@ def count(name: str, size: ImageSize) -> Count:
         _split_by_part(own, modules), _split_by_stage(own), missing)
     _check_agreement(result)
     return result
+
+
+@functools.cache
+def count_quickly(name: str, size: ImageSize) -> int:
+    """Multiply-adds of one image by PyTorch's counter alone, in a fraction of the time of `count`.
+
+    Raises:
+        UserError: There is no such model, or it does not take such images.
+    """
+    with _on_meta(name, size) as (model, images):
+        return sum(sum(ops.values()) for ops in _count_by_module(model, images).values())
+
+
+@contextlib.contextmanager
+def _on_meta(name: str, size: ImageSize) -> Iterator[tuple[nn.Module, torch.Tensor]]:
+    """A model in evaluation and one image without memory; errors of a block that counts become a `UserError`."""
+    model = build(name, size, device='meta').eval().requires_grad_(False)
+    images = torch.empty(1, getattr(model, 'in_chans', 3), *size, device='meta')
+    try:
+        with torch.no_grad():
+            yield model, images
+    except (AssertionError, NotImplementedError, RuntimeError, TypeError, ValueError) as e:
+        raise UserError(f'{name} cannot be counted at {size_name(size)}: {first_line(e)}') from e
 
 
 def _check_agreement(result: Count) -> None:

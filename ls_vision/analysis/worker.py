@@ -128,16 +128,31 @@ def _prepare(point: Point, settings: Settings) -> Callable[[], Any]:
         return infer
 
     model.train()
-    targets = torch.zeros(point.batch_size, dtype=torch.long, device=settings.device)
     optimizer = torch.optim.AdamW(model.parameters())
+    _create_moments(optimizer)
 
     def train() -> None:
-        with torch.autocast(settings.device, dtype, enabled=dtype != torch.float32):
-            loss = F.cross_entropy(model(images), targets)
-        loss.backward()
+        training_loss(model, images, settings).backward()
         optimizer.step()
         optimizer.zero_grad()
     return train
+
+
+def training_loss(model: nn.Module, images: torch.Tensor, settings: Settings) -> torch.Tensor:
+    """The loss of a training step, in mixed precision where the settings ask for it."""
+    dtype = getattr(torch, settings.dtype)
+    targets = torch.zeros(len(images), dtype=torch.long, device=images.device)
+    with torch.autocast(settings.device, dtype, enabled=dtype != torch.float32):
+        return F.cross_entropy(model(images), targets)
+
+
+def _create_moments(optimizer: torch.optim.Optimizer) -> None:
+    """What the first update allocates, so that the memory of a single step is that of every later one."""
+    for group in optimizer.param_groups:
+        for parameter in group['params']:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def _time(call: Callable[[], Any], settings: Settings) -> list[float]:
@@ -174,8 +189,10 @@ def _memory_limit(settings: Settings) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
-def available_memory() -> Optional[int]:
-    """Bytes that processes can still allocate without swapping; None where the system does not say."""
+def available_memory(device: str = 'cpu') -> Optional[int]:
+    """Bytes that processes can still allocate, on the CPU without swapping; None where the system does not say."""
+    if device == 'cuda':
+        return torch.cuda.mem_get_info()[0]
     try:
         with open('/proc/meminfo') as file:
             lines = dict(line.split(':') for line in file)

@@ -1,5 +1,6 @@
 """Models by name: the registered ones, their published accuracy, and building one for an image size."""
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, Union
 
@@ -23,24 +24,33 @@ class Published(NamedTuple):
     """ImageNet-1k accuracy in percent as its authors published it, and where."""
     top1: float
     source: str
+    weights: Optional[str] = None
+    """timm's name of the weights that reach it; they are not always those that it loads by default."""
+    px: int = 224
+    """Side of the images."""
 
 
 LONG_SHORT_PAPER = 'arXiv:2107.02192'
 PUBLISHED = {
     'vil_ls_medium': Published(83.8, LONG_SHORT_PAPER),
     'vil_ls_base': Published(84.1, LONG_SHORT_PAPER),
-    'vil_ls_medium_384': Published(84.4, LONG_SHORT_PAPER),
+    'vil_ls_medium_384': Published(84.4, LONG_SHORT_PAPER, px=384),
     'cvt_ls_13': Published(81.9, LONG_SHORT_PAPER),
     'cvt_ls_17': Published(82.5, LONG_SHORT_PAPER),
     'cvt_ls_21': Published(82.7, LONG_SHORT_PAPER),
     'cvt_ls_21s': Published(82.9, LONG_SHORT_PAPER),
-    'cvt_ls_21_384': Published(83.2, LONG_SHORT_PAPER),
-    'cvt_ls_21_448': Published(83.6, LONG_SHORT_PAPER),
-    'swin_tiny_patch4_window7_224': Published(81.3, 'arXiv:2103.14030'),
-    'swin_small_patch4_window7_224': Published(83.0, 'arXiv:2103.14030'),
-    'swin_base_patch4_window7_224': Published(83.5, 'arXiv:2103.14030'),
-    'vit_small_patch16_224': Published(79.8, 'arXiv:2012.12877'),  # DeiT: the same models without distillation
-    'vit_base_patch16_224': Published(81.8, 'arXiv:2012.12877'),
+    'cvt_ls_21_384': Published(83.2, LONG_SHORT_PAPER, px=384),
+    'cvt_ls_21_448': Published(83.6, LONG_SHORT_PAPER, px=448),
+    'swin_tiny_patch4_window7_224': Published(81.3, 'arXiv:2103.14030', 'swin_tiny_patch4_window7_224.ms_in1k'),
+    'swin_small_patch4_window7_224': Published(83.0, 'arXiv:2103.14030', 'swin_small_patch4_window7_224.ms_in1k'),
+    'swin_base_patch4_window7_224': Published(83.5, 'arXiv:2103.14030', 'swin_base_patch4_window7_224.ms_in1k'),
+    'convnext_tiny': Published(82.1, 'arXiv:2201.03545', 'convnext_tiny.fb_in1k'),
+    'convnext_small': Published(83.1, 'arXiv:2201.03545', 'convnext_small.fb_in1k'),
+    'convnext_base': Published(83.8, 'arXiv:2201.03545', 'convnext_base.fb_in1k'),
+    'resnet50': Published(80.4, 'arXiv:2110.00476', 'resnet50.a1_in1k'),
+    # DeiT: the same models without distillation
+    'vit_small_patch16_224': Published(79.8, 'arXiv:2012.12877', 'deit_small_patch16_224.fb_in1k'),
+    'vit_base_patch16_224': Published(81.8, 'arXiv:2012.12877', 'deit_base_patch16_224.fb_in1k'),
 }
 
 
@@ -48,6 +58,25 @@ def own_models() -> list[str]:
     """Names of this package's models."""
     return sorted(
         name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith('ls_vision.models.'))
+
+
+def find_models(patterns: Sequence[str]) -> list[str]:
+    """Registered models whose names match patterns as `timm.list_models` takes them; a name may have a tag.
+
+    Raises:
+        UserError: A pattern matches none, or there is no model of a name.
+    """
+    names: list[str] = []
+    for pattern in patterns:
+        if any(sign in pattern for sign in '*?['):
+            found = timm.list_models(pattern)
+            if not found:
+                raise UserError(f'no model matches {pattern!r}; expected a name, or a pattern such as \'vil_ls_*\'')
+            names += found
+        else:
+            check_model(pattern)
+            names.append(pattern)
+    return list(dict.fromkeys(names))
 
 
 def check_model(name: str) -> None:

@@ -70,6 +70,22 @@ def positive_number(text: str) -> float:
     return value
 
 
+_UNITS = dict(MiB=2 ** 20, GiB=2 ** 30, TiB=2 ** 40, MB=10 ** 6, GB=10 ** 9, TB=10 ** 12)
+
+
+def parse_memory(text: str, option: str) -> int:
+    """Bytes of '24GiB' or '500 MB'.
+
+    Raises:
+        UserError: The text is no number above 0 with a unit.
+    """
+    match = re.fullmatch(rf'([0-9]+(?:\.[0-9]+)?) ?({"|".join(_UNITS)})', text.strip())
+    size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
+    if size < 1:
+        raise UserError(f'{option} {text}: expected a number above 0 and its unit, {", ".join(_UNITS)}; as 24GiB')
+    return size
+
+
 def create_config_parser() -> argparse.ArgumentParser:
     """A parser of `--config` alone, to be a parent of a script's parser."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

@@ -44,10 +44,7 @@ def add_measuring_arguments(parser: argparse.ArgumentParser, seconds: float, rou
     """Adds the arguments of a measurement."""
     parser.add_argument('--batch-size', type=positive_int, nargs='+', default=[1], metavar='N', help='default: 1')
     parser.add_argument('--mode', choices=MODES, nargs='+', default=list(MODES), help='default: both')
-    parser.add_argument('--device', default='cpu', choices=['cpu', 'cuda'], help='default: %(default)s')
-    parser.add_argument('--dtype', default='float32', choices=['float32', 'bfloat16', 'float16'])
-    parser.add_argument(
-        '--threads', type=positive_int, metavar='N', help='CPU threads (default: as many as PyTorch takes by itself)')
+    add_device_arguments(parser)
     parser.add_argument(
         '--seconds', type=positive_number, default=seconds,
         help='time per measurement after a warm-up call; longer calls are made once (default: %(default)s)')
@@ -56,6 +53,14 @@ def add_measuring_arguments(parser: argparse.ArgumentParser, seconds: float, rou
     parser.add_argument(
         '--memory-limit', type=positive_number, metavar='GIB',
         help='memory limit of a process on the CPU (default: nine tenths of the free memory)')
+
+
+def add_device_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments that say on what a measurement runs."""
+    parser.add_argument('--device', default='cpu', choices=['cpu', 'cuda'], help='default: %(default)s')
+    parser.add_argument('--dtype', default='float32', choices=['float32', 'bfloat16', 'float16'])
+    parser.add_argument(
+        '--threads', type=positive_int, metavar='N', help='CPU threads (default: as many as PyTorch takes by itself)')
 
 
 def run(args: argparse.Namespace) -> None:
