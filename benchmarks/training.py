@@ -178,19 +178,20 @@ class Contender:
 
 
 def compare(case: Case, args: argparse.Namespace) -> dict[str, Any]:
-    """Times of a case's models in turn, ratios to the others, and what the time of the first and the second is."""
+    """Times of a case's models in turn, ratios to the others, and where the time of a step goes in the first two."""
     names = (case.model, *case.against)
     contenders = {name: Contender(name, case, args) for name in names}
     calls: dict[str, Callable[[], None]] = dict(contenders)
     if not args.compile:
         calls['linear'] = contenders[case.model].linear_maps()
     times = alternate(calls, args.seconds)
+    with_shares = names[:2] if case.mode == 'step' and not args.compile else ()  # in inference a profiler sees other operators
     return dict(
         **case._asdict(), compiled=args.compile, rounds=len(times[case.model]),
         ratios={name: ratio(times[case.model], times[name]) for name in case.against},
         linear=None if args.compile else ratio(times['linear'], times[case.against[0]]),
         seconds={name: statistics.median(seconds) for name, seconds in times.items()},
-        shares={} if args.compile else {name: contenders[name].shares() for name in names[:2]})
+        shares={name: contenders[name].shares() for name in with_shares})
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
