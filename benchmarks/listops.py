@@ -198,9 +198,9 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     baselines = sorted({row['first_operator_alone'] for row in rows})
     found = ', '.join(f'{baseline:.1f} %' for baseline in baselines) or 'no run is finished'
     lines = [
-        f'The first operator alone gives, on the same trees: {found}. It gives {PUBLISHED_BASELINE} % at the lengths of '
-        'LRA, 500 to 2,000 tokens. Means over seeds, with standard deviations where there are several (sd); last, % of '
-        'predictions that change where tokens are inserted (+) or deleted (-).', '',
+        f'The first operator alone gives, on the same trees: {found}. It gives {PUBLISHED_BASELINE} % at lengths of '
+        '500 to 2,000 tokens, those of LRA. Means over seeds, with standard deviations (sd) where there are several; '
+        'last, % of predictions that change where tokens are inserted (+) or deleted (-).', '',
         f'| variant | seeds | accuracy, % | above the first operator alone | above {PUBLISHED_BASELINE} | seconds | '
         + ' | '.join(f'{n:+d}' for n in edits) + ' |',
         '|---' * (6 + len(edits)) + '|']
