@@ -111,16 +111,16 @@ def _summarize_backward(grad: Tensor, weights: Tensor, tokens: Tensor) -> Tuple[
         grad_weights, grad_tokens = joint_heads.summarize_backward(grad, weights, tokens)
         return _laid_out_as(weights, grad_weights), grad_tokens
     grad_tokens = tokens.new_empty(tokens.shape)
+    both = grad.permute(0, 2, 3, 1, 4).reshape(B, h, r, n * d)  # keys and values by one product
     if _are_multiplied_in_place(weights):
         grad_weights = torch.empty_like(weights)
-        for head in range(h):
-            by_token = weights[:, head].transpose(1, 2), grad_weights[:, head].transpose(1, 2)  # (B, N, r)
-            for kind in range(n):
-                of_sum = grad[:, kind, head]  # (B, r, d)
-                torch.bmm(by_token[0], of_sum, out=grad_tokens[:, :, kind, head])
-                torch.baddbmm(
-                    by_token[1], tokens[:, :, kind, head], of_sum.transpose(1, 2), beta=float(kind > 0),
-                    out=by_token[1])
+        by_head = tokens.new_empty(h, N, n * d)  # one for all: new memory costs more than a product
+        for i in range(B):
+            _by_token(by_head, n).copy_(tokens[i])
+            for head in range(h):
+                torch.mm(by_head[head], both[i, head].t(), out=grad_weights[i, head].t())
+            torch.bmm(weights[i].transpose(1, 2), both[i], out=by_head)
+            grad_tokens[i] = _by_token(by_head, n)
         return grad_weights, grad_tokens
     x = tokens.permute(0, 2, 3, 4, 1)  # (B, n, h, d, N)
     grad = grad.contiguous()  # (B, n, h, r, d)
@@ -130,11 +130,13 @@ def _summarize_backward(grad: Tensor, weights: Tensor, tokens: Tensor) -> Tuple[
         out = grad_weights[i].flatten(0, 1)  # (images * h, r, N), as below
         for kind in range(n):
             torch.baddbmm(out, grad[i, kind].flatten(0, 1), x[i, kind].flatten(0, 1), beta=float(kind > 0), out=out)
-        # (images, h, r, n * d), both kinds by one product
-        both = grad[i].permute(0, 2, 3, 1, 4).reshape(-1, h, r, n * d)
-        product = weights[i].transpose(2, 3) @ both  # (images, h, N, n * d)
-        grad_tokens[i].copy_(product.view(product.shape[0], h, N, n, d).permute(0, 2, 3, 1, 4))
+        grad_tokens[i] = _by_token(weights[i].transpose(2, 3) @ both[i], n)
     return _laid_out_as(layout, grad_weights), grad_tokens
+
+
+def _by_token(x: Tensor, kinds: int) -> Tensor:
+    """View (..., N, n, h, d) of (..., h, N, n * d)."""
+    return x.unflatten(-1, (kinds, -1)).movedim(-4, -2)
 
 
 def _laid_out_as(x: Tensor, y: Tensor) -> Tensor:
