@@ -110,9 +110,9 @@ def collate(samples: list[tuple[list[int], int]]) -> tuple[Tensor, Tensor]:
 
 
 def edit(tokens: list[int], count: int, rng: random.Random) -> list[int]:
-    """Inserts `count` unknown tokens at random places, or deletes -count of the tokens."""
+    """Inserts `count` unknown tokens at random places, or deletes -count of the tokens; the first one stays."""
     tokens = list(tokens)
-    for _ in range(abs(count)):
+    for _ in range(count if count > 0 else min(-count, len(tokens) - 1)):
         place = rng.randrange(1, len(tokens))
         if count > 0:
             tokens.insert(place, UNKNOWN)

@@ -37,6 +37,7 @@ def test_samples_are_different_and_of_their_length():
     tokens = samples[0][0]
     inserted, deleted = (listops.edit(tokens, n, random.Random(0)) for n in (4, -4))
     assert [t for t in inserted if t != listops.UNKNOWN] == tokens and len(deleted) == len(tokens) - 4
+    assert listops.edit(tokens, -len(tokens) - 5, random.Random(0)) == tokens[:1]  # shorter than what is to be deleted
 
 
 def test_first_operator_alone():
