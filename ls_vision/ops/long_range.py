@@ -10,6 +10,7 @@ are fused Triton kernels (`fused_long_range`), on other devices all heads are ta
 Shapes: B batch, N tokens, n kinds of tokens (keys and values), h heads, d head width, r rank; g global queries,
 m own keys of the global tokens.
 """
+import itertools
 from typing import List, Optional, Sequence, Tuple
 
 import torch
@@ -19,7 +20,7 @@ from torch.utils.flop_counter import register_flop_formula
 from . import double_backward, fused_long_range, joint_heads  # noqa: F401  (registers operators)
 from .backends import takes_kernels
 from .calls import is_followed
-from .chunks import image_chunks
+from .chunks import CHUNK_ELEMENTS, image_chunks, slices
 from .numerics import at_least_float32, statistics_dtype, to_dtype
 from .plain_long_range import (
     attend_plainly,
@@ -114,13 +115,15 @@ def _summarize_backward(grad: Tensor, weights: Tensor, tokens: Tensor) -> Tuple[
     both = grad.permute(0, 2, 3, 1, 4).reshape(B, h, r, n * d)  # keys and values by one product
     if _are_multiplied_in_place(weights):
         grad_weights = torch.empty_like(weights)
-        by_head = tokens.new_empty(h, N, n * d)  # one for all: new memory costs more than a product
-        for i in range(B):
-            _by_token(by_head, n).copy_(tokens[i])
+        step = min(N, max(CHUNK_ELEMENTS // (n * h * d), SHORTEST_IN_PLACE))
+        buffer = tokens.new_empty(h, step, n * d)  # one for all: new memory costs more than a product
+        for i, part in itertools.product(range(B), slices(N, step)):
+            by_head = buffer[:, :part.stop - part.start]
+            _by_token(by_head, n).copy_(tokens[i, part])
             for head in range(h):
-                torch.mm(by_head[head], both[i, head].t(), out=grad_weights[i, head].t())
-            torch.bmm(weights[i].transpose(1, 2), both[i], out=by_head)
-            grad_tokens[i] = _by_token(by_head, n)
+                torch.mm(by_head[head], both[i, head].t(), out=grad_weights[i, head, :, part].t())
+                torch.mm(weights[i, head, :, part].t(), both[i, head], out=by_head[head])
+            grad_tokens[i, part] = _by_token(by_head, n)
         return grad_weights, grad_tokens
     x = tokens.permute(0, 2, 3, 4, 1)  # (B, n, h, d, N)
     grad = grad.contiguous()  # (B, n, h, r, d)
