@@ -63,9 +63,9 @@ def publish(args: argparse.Namespace, name: str, rows: list[dict[str, Any]], tex
 
 
 def spread(values: list[float], digits: int) -> str:
-    """Mean and standard deviation."""
-    deviation = statistics.stdev(values) if len(values) > 1 else float('nan')
-    return f'{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}'
+    """Mean and, of several values, standard deviation."""
+    mean = f'{statistics.mean(values):.{digits}f}'
+    return mean if len(values) == 1 else f'{mean} ± {statistics.stdev(values):.{digits}f}'
 
 
 def train(

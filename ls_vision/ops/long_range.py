@@ -10,6 +10,7 @@ are fused Triton kernels (`fused_long_range`), on other devices all heads are ta
 Shapes: B batch, N tokens, n kinds of tokens (keys and values), h heads, d head width, r rank; g global queries,
 m own keys of the global tokens.
 """
+import itertools
 from typing import List, Optional, Sequence, Tuple
 
 import torch
@@ -19,7 +20,7 @@ from torch.utils.flop_counter import register_flop_formula
 from . import double_backward, fused_long_range, joint_heads  # noqa: F401  (registers operators)
 from .backends import takes_kernels
 from .calls import is_followed
-from .chunks import image_chunks
+from .chunks import CHUNK_ELEMENTS, image_chunks, slices
 from .numerics import at_least_float32, statistics_dtype, to_dtype
 from .plain_long_range import (
     attend_plainly,
@@ -111,16 +112,18 @@ def _summarize_backward(grad: Tensor, weights: Tensor, tokens: Tensor) -> Tuple[
         grad_weights, grad_tokens = joint_heads.summarize_backward(grad, weights, tokens)
         return _laid_out_as(weights, grad_weights), grad_tokens
     grad_tokens = tokens.new_empty(tokens.shape)
+    both = grad.permute(0, 2, 3, 1, 4).reshape(B, h, r, n * d)  # keys and values by one product
     if _are_multiplied_in_place(weights):
         grad_weights = torch.empty_like(weights)
-        for head in range(h):
-            by_token = weights[:, head].transpose(1, 2), grad_weights[:, head].transpose(1, 2)  # (B, N, r)
-            for kind in range(n):
-                of_sum = grad[:, kind, head]  # (B, r, d)
-                torch.bmm(by_token[0], of_sum, out=grad_tokens[:, :, kind, head])
-                torch.baddbmm(
-                    by_token[1], tokens[:, :, kind, head], of_sum.transpose(1, 2), beta=float(kind > 0),
-                    out=by_token[1])
+        step = min(N, max(CHUNK_ELEMENTS // (n * h * d), SHORTEST_IN_PLACE))
+        buffer = tokens.new_empty(h, step, n * d)  # one for all: new memory costs more than a product
+        for i, part in itertools.product(range(B), slices(N, step)):
+            by_head = buffer[:, :part.stop - part.start]
+            _by_token(by_head, n).copy_(tokens[i, part])
+            for head in range(h):
+                torch.mm(by_head[head], both[i, head].t(), out=grad_weights[i, head, :, part].t())
+                torch.mm(weights[i, head, :, part].t(), both[i, head], out=by_head[head])
+            grad_tokens[i, part] = _by_token(by_head, n)
         return grad_weights, grad_tokens
     x = tokens.permute(0, 2, 3, 4, 1)  # (B, n, h, d, N)
     grad = grad.contiguous()  # (B, n, h, r, d)
@@ -130,11 +133,13 @@ def _summarize_backward(grad: Tensor, weights: Tensor, tokens: Tensor) -> Tuple[
         out = grad_weights[i].flatten(0, 1)  # (images * h, r, N), as below
         for kind in range(n):
             torch.baddbmm(out, grad[i, kind].flatten(0, 1), x[i, kind].flatten(0, 1), beta=float(kind > 0), out=out)
-        # (images, h, r, n * d), both kinds by one product
-        both = grad[i].permute(0, 2, 3, 1, 4).reshape(-1, h, r, n * d)
-        product = weights[i].transpose(2, 3) @ both  # (images, h, N, n * d)
-        grad_tokens[i].copy_(product.view(product.shape[0], h, N, n, d).permute(0, 2, 3, 1, 4))
+        grad_tokens[i] = _by_token(weights[i].transpose(2, 3) @ both[i], n)
     return _laid_out_as(layout, grad_weights), grad_tokens
+
+
+def _by_token(x: Tensor, kinds: int) -> Tensor:
+    """View (..., N, n, h, d) of (..., h, N, n * d)."""
+    return x.unflatten(-1, (kinds, -1)).movedim(-4, -2)
 
 
 def _laid_out_as(x: Tensor, y: Tensor) -> Tensor:

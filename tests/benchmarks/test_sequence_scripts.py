@@ -37,6 +37,23 @@ def test_samples_are_different_and_of_their_length():
     tokens = samples[0][0]
     inserted, deleted = (listops.edit(tokens, n, random.Random(0)) for n in (4, -4))
     assert [t for t in inserted if t != listops.UNKNOWN] == tokens and len(deleted) == len(tokens) - 4
+    assert listops.edit(tokens, -len(tokens) - 5, random.Random(0)) == tokens[:1]  # shorter than what is to be deleted
+
+
+def test_first_operator_alone():
+    training = [([11, 5], 0), ([11, 6], 0), ([11, 7], 3), ([12, 5], 9)]
+    assert listops.first_operator_alone(training, [([11, 9], 0), ([11, 1], 3), ([12, 2], 9), ([13, 2], 9)]) == 50.
+
+
+def test_spread_and_deviations_only_of_several_seeds():
+    def row(seed, accuracy):
+        changed = {str(n * sign): 1. for n in listops.EDITS for sign in (1, -1)}
+        return dict(variant='full', seed=seed, accuracy=accuracy, first_operator_alone=33., seconds=1., changed=changed)
+
+    one, two = (listops.markdown(rows) for rows in ([row(0, 36.)], [row(0, 35.), row(1, 37.)]))
+    assert '| full | 1 | 36.00 | +3.00 | -0.40 |' in one and 'nan' not in one
+    assert '| full | 2 | 36.00 ± 1.41 | +3.00 (+2.1 sd) | -0.40 (-0.3 sd) |' in two
+    assert all('on the same trees: 33.0 %' in table and '36.4 %' in table for table in (one, two))
 
 
 def test_every_variant_trains_and_a_finished_run_is_not_repeated(tmp_path, monkeypatch, capsys):
