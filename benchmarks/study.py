@@ -52,6 +52,7 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
         'fixed projection': {},
         'without DualLN': dict(dual_ln=False),
     },
+    'start': {'start std 1': dict(projection_init=1.), 'orthogonal start': dict(projection_init='orthogonal')},
     'rank': {f'rank {r}': dict(rank=r) for r in (1, 2, 4, 16)},
     'window': {f'window {w}': dict(window_size=w) for w in (4, 8)},
 }
@@ -183,9 +184,9 @@ def build(task: str, variant: str, mlp_ratio: float = MLP_RATIO) -> nn.Module:
 @functools.cache
 def matched_mlp_ratio(task: str, variant: str) -> float:
     """The MLP width at which a variant has as many parameters as long-short attention."""
-    target = count(build(task, BASE))
-    return min((MLP_RATIO + extra / DIM for extra in range(-24, 49)),
-               key=lambda ratio: abs(count(build(task, variant, ratio)) - target))
+    lacking = count(build(task, BASE)) - count(build(task, variant))
+    depth, = TASKS[task].model['depths']
+    return MLP_RATIO + round(lacking / (depth * (2 * DIM + 1))) / DIM  # a hidden unit has 2 * DIM + 1 parameters
 
 
 def count(model: nn.Module) -> int:
