@@ -6,7 +6,7 @@ tokens. Its scores are then sums of one part that depends on the left digit and 
 of such scores none has a smaller cross-entropy than equal odds, 1 bit. Its accuracy may still differ from 50 %, since
 the signs of scores near zero can follow an order of the digits: of all such scores the best have 75 %.
 
-Models also name both digits. Without that help training does not leave equal odds within thousands of updates.
+Models also name both digits. Without that help full attention did not leave equal odds in 2,000 updates.
 
 Shapes: B images, k digits, n places, S side of the square that a digit is drawn in.
 """
