@@ -256,7 +256,12 @@ def accuracy(scores: Tensor, targets: Tensor) -> float:
 
 
 def path_of(args: argparse.Namespace, case: tuple[str, str], seed: int) -> Path:
-    return args.runs / f'{case[0]}_{case[1].replace(" ", "-")}_{args.steps}x{args.batch}_{args.lr:g}_{seed}'
+    return folder_of(args) / f'{case[0]}_{case[1].replace(" ", "-")}_{seed}'
+
+
+def folder_of(args: argparse.Namespace) -> Path:
+    """Where the runs of these updates are kept: runs of others are never mixed with them."""
+    return args.runs / f'{args.steps}x{args.batch}_{args.lr:g}'
 
 
 def run_study(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -266,7 +271,7 @@ def run_study(args: argparse.Namespace) -> list[dict[str, Any]]:
         cases = [(task, variant) for task in args.tasks for variant in group if variant in args.variants]
         rows += run_all(args, functools.partial(path_of, args), functools.partial(run_case, args), cases)
     if not rows:
-        raise UserError(f'{args.runs} holds no finished run of {args.steps} updates of {args.batch} images at {args.lr:g}')
+        raise UserError(f'{folder_of(args)} holds no finished run')
     return rows
 
 

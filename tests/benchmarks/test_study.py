@@ -111,7 +111,7 @@ def test_interrupted_study_goes_on_and_reports(tmp_path, monkeypatch, capsys):
 
 
 def test_nothing_to_report(tmp_path):
-    with pytest.raises(SystemExit, match='holds no finished run of 7 updates of 16 images at 0.002'):
+    with pytest.raises(SystemExit, match=r'7x16_0\.002 holds no finished run'):
         study.main(['--report', '--steps', '7', '--runs', str(tmp_path)])
     with pytest.raises(SystemExit, match=r'does not exist: python -m ls_vision\.data\.cifar10'):
         study.main(['--tasks', 'cifar10', '--data-dir', str(tmp_path / 'none'), '--runs', str(tmp_path)])
