@@ -8,9 +8,10 @@
 
 Tasks: CIFAR-10, and pairs of digits that no stack of windows can compare (`digit_pairs.py`). Variants: the parts of
 the attention, the start of the projection, the rank r, and the window w; each differs from long-short attention in one
-thing. MLPs are wider where a variant lacks parameters, and narrower where it has more. All variants of a seed see the same images in the same order,
-and start from the same values where they have the same parameters. The report has differences to long-short attention
-of the same seed with 95 % confidence intervals, learning curves, and accuracy by r and by w.
+thing. MLPs are wider where a variant lacks parameters, and narrower where it has more. All variants of a seed see the
+same images in the same order, and start from the same values where they have the same parameters. The report has
+differences to long-short attention of the same seed with 95 % confidence intervals, learning curves, and accuracy by r
+and by w.
 """
 import argparse
 import functools
