@@ -5,6 +5,7 @@
     python benchmarks/study.py                      # every run; can be interrupted and resumed
     python benchmarks/study.py --tasks pairs --variants long-short "window only" --seeds 0 --steps 500
     python benchmarks/study.py --report             # tables and plots of the finished runs
+    python benchmarks/study.py --report --publish   # writes the tables into docs/study.md too, between its markers
 
 Tasks: CIFAR-10, and pairs of digits that no stack of windows can compare (`digit_pairs.py`). Variants: the parts of
 the attention, the start of the projection, the rank r, and the window w; each differs from long-short attention in one
@@ -29,6 +30,7 @@ import digit_pairs
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pages import replace_section
 from sequence_training import CHECKPOINT_STEPS, add_arguments, dated, publish, run_all, spread, train
 from torch import Tensor, nn
 from torchvision.datasets import ImageFolder
@@ -60,6 +62,7 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
 VARIANTS = {name: args for group in GROUPS.values() for name, args in group.items()}
 BY_RANK = {0: 'window only', 1: 'rank 1', 2: 'rank 2', 4: 'rank 4', 8: BASE, 16: 'rank 16'}
 BY_WINDOW = {0: 'long-range only', 2: BASE, 4: 'window 4', 8: 'window 8'}
+PAGE = Path(__file__).parents[1] / 'docs/study.md'
 RECORDED = 8  # test images whose summaries are looked at
 MEAN, STD = torch.tensor([.4914, .4822, .4465]), torch.tensor([.2470, .2435, .2616])
 
@@ -299,21 +302,28 @@ def interval(values: list[float]) -> str:
 
 
 def markdown(rows: list[dict[str, Any]], name: str) -> str:
-    """Tables of all tasks, and the pictures' places."""
+    """What the results file says: settings, tables, pictures."""
     first = rows[0]
-    lines = [
+    settings = (
         f'{first["steps"]} updates of {first["batch"]} images, AdamW at {first["lr"]:g}, one cycle; width {DIM}, '
         f'{HEADS} heads, window {MODEL["window_size"]} and rank {MODEL["rank"]} where the variant does not say '
         'otherwise. Accuracy in percent: mean over seeds, standard deviation after it. Differences are those to '
         f'{BASE} of the same seed, with 95 % confidence intervals (Student\'s t over seeds). Three seeds give wide '
         'ones: 2.5 standard deviations to each side. Effective rank of the summaries\' maps (1 to r) and share of '
-        f'attention on summaries: means over {RECORDED} test images, blocks and heads, before and after training.']
-    for task, described in TASKS.items():
-        some = [row for row in rows if row['task'] == task]
-        if some:
-            picture = f'![learning curves]({name}_{task}_curves.png)'
-            lines += ['', f'## {described.title}', '', *table(some), '', picture]
-    return '\n'.join([*lines, '', f'![accuracy by rank and by window]({name}_sweeps.png)'])
+        f'attention on summaries: means over {RECORDED} test images, blocks and heads, before and after training.')
+    pictures = [f'![learning curves, {TASKS[task].title}]({name}_{task}_curves.png)' for task in tasks_of(rows)]
+    return '\n\n'.join([settings, tables(rows), *pictures, f'![accuracy by rank and by window]({name}_sweeps.png)'])
+
+
+def tables(rows: list[dict[str, Any]]) -> str:
+    """A table for each task."""
+    return '\n\n'.join(
+        '\n'.join([f'### {TASKS[task].title}', '', *table([row for row in rows if row['task'] == task])])
+        for task in tasks_of(rows))
+
+
+def tasks_of(rows: list[dict[str, Any]]) -> list[str]:
+    return [task for task in TASKS if any(row['task'] == task for row in rows)]
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
@@ -348,7 +358,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as e:
         raise UserError('the plots need matplotlib: pip install matplotlib') from e
-    tasks = [task for task in TASKS if any(row['task'] == task for row in rows)]
+    tasks = tasks_of(rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     for task in tasks:
         figure = Figure(figsize=(11, 4.5), layout='constrained')
@@ -399,11 +409,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--batch', type=int, default=16, help='images of an update')
     parser.add_argument('--lr', type=float, default=2e-3, help='peak learning rate')
     parser.add_argument('--test-pairs', type=int, default=4000, help='pairs of digits that the test has')
+    parser.add_argument('--publish', action='store_true', help='write the tables into docs/study.md')
     args = parser.parse_args(argv)
     try:
         rows = run_study(args)
         draw(rows, args.out / dated('study'))
         publish(args, 'study', rows, markdown(rows, dated('study')))
+        if args.publish:
+            link = f'[{dated("study")}](../benchmarks/results/{dated("study")}.md)'
+            replace_section(PAGE, 'study', f'{link}\n\n{tables(rows)}')
     except UserError as e:
         sys.exit(f'error: {e}')
     except KeyboardInterrupt:

@@ -100,9 +100,13 @@ def test_interrupted_study_goes_on_and_reports(tmp_path, monkeypatch, capsys):
         study.main(argv)
     study.main(argv)
     assert len(calls) == 16 + 1 and len(set(calls)) == 16  # each run once, but for the interrupted one
-    study.main([*argv, '--report'])
+    page = tmp_path / 'study.md'
+    page.write_text('above\n<!-- study -->\nold\n<!-- /study -->\nbelow\n')
+    monkeypatch.setattr(study, 'PAGE', page)
+    study.main([*argv, '--report', '--publish'])
     assert len(calls) == 17
     path, = tmp_path.glob('study_*.md')
+    assert study.tables(json.loads(path.with_suffix('.json').read_text())['rows']) in page.read_text()
     table = path.read_text()
     assert table.count('| start std 1 | 2 |') == 2 and all(part in table for part in ('CIFAR-10', 'pairs of digits'))
     assert len(json.loads(path.with_suffix('.json').read_text())['rows']) == 16
