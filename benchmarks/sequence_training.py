@@ -1,4 +1,4 @@
-"""What listops.py and characters.py share: arguments, runs that leave a file and go on when interrupted, the table."""
+"""What listops.py, characters.py and study.py share: arguments, runs that go on when interrupted, the table."""
 import argparse
 import datetime
 import json
@@ -33,8 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser, variants: Iterable[str], step
 
 def run_all(
         args: argparse.Namespace,
-        path_of: Callable[[str, int], Path],
-        run: Callable[[str, int], dict[str, Any]],
+        path_of: Callable[[Any, int], Path],
+        run: Callable[[Any, int], dict[str, Any]],
+        variants: Iterable[Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Results of all variants and seeds: finished ones are read, the others run, or left out for `--report`.
 
@@ -42,11 +43,13 @@ def run_all(
         args: With those of `add_arguments`.
         path_of: (variant, seed) -> path of a run without suffix.
         run: (variant, seed) -> its results.
+        variants: What to run for each seed, in order; `args.variants` by default.
     """
     torch.set_num_threads(args.threads)
     rows = []
+    variants = args.variants if variants is None else list(variants)
     for seed in args.seeds:
-        for variant in args.variants:
+        for variant in variants:
             done = path_of(variant, seed).with_suffix('.json')
             if done.exists():
                 rows.append(json.loads(done.read_text()))
@@ -57,9 +60,14 @@ def run_all(
 
 def publish(args: argparse.Namespace, name: str, rows: list[dict[str, Any]], text: str) -> None:
     """Writes rows and table to dated files, and prints the table."""
-    path = args.out / f'{name}_{datetime.date.today():%Y-%m-%d}'
+    path = args.out / dated(name)
     write(path, describe_machine('cpu', 'float32', args.threads), rows, text)
     print(path.with_suffix('.md').read_text())
+
+
+def dated(name: str) -> str:
+    """The name of today's files of results, without suffix."""
+    return f'{name}_{datetime.date.today():%Y-%m-%d}'
 
 
 def spread(values: list[float], digits: int) -> str:

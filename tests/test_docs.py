@@ -9,6 +9,7 @@ import builtins
 import importlib
 import importlib.util
 import inspect
+import json
 import re
 import runpy
 import shlex
@@ -260,14 +261,21 @@ def test_paths_in_code_spans(page):
     assert not missing, missing
 
 
-@pytest.mark.parametrize('name, page', [('zoo', 'README.md'), ('scaling', 'docs/results.md')])
-def test_published_tables_are_those_of_the_results(name, page, monkeypatch):
+@pytest.mark.parametrize('name, page, pattern', [
+    ('zoo', 'README.md', 'zoo_cpu_*.json'),
+    ('scaling', 'docs/results.md', 'scaling_vil_cpu_*/results.json'),
+    ('study', 'docs/study.md', 'study_*.json'),
+])
+def test_published_tables_are_those_of_the_results(name, page, pattern, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / 'benchmarks'))
     from ls_vision.analysis import report
     from ls_vision.analysis.scale import Results
 
     section = (ROOT / page).read_text().split(f'<!-- {name} -->')[1].split(f'<!-- /{name} -->')[0]
-    pattern = dict(zoo='zoo_cpu_*.json', scaling='scaling_vil_cpu_*/results.json')[name]
-    results = Results.load(sorted((ROOT / 'benchmarks/results').glob(pattern))[-1])
-    expected = importlib.import_module('zoo').table(results) if name == 'zoo' else report.digest(report.Report(results))
+    path = sorted((ROOT / 'benchmarks/results').glob(pattern))[-1]
+    expected = dict(
+        zoo=lambda: importlib.import_module('zoo').table(Results.load(path)),
+        scaling=lambda: report.digest(report.Report(Results.load(path))),
+        study=lambda: importlib.import_module('study').tables(json.loads(path.read_text())['rows']),
+    )[name]()
     assert expected.strip() in section

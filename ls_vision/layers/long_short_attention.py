@@ -20,6 +20,7 @@ from .checks import check_at_least, check_choice, check_heads, check_token_count
 from .norm import DualLayerNorm
 from .position_bias import WINDOW_BIASES, resize_window_bias, window_bias_index, window_bias_rows
 from .projection import ConvQKV, ConvScores, rename_old_keys, to_grid
+from .projection_init import CONV_GAIN, check_projection_init, start_scores
 
 # reason for all: sizes or devices that are Proxies would decide control flow or go into arange
 for function in (
@@ -64,6 +65,7 @@ class LongShortAttention2d(nn.Module):
             global_attention: str = 'post',
             dual_ln: bool = True,
             conv_projection: bool = False,
+            projection_init: Union[float, str, None] = None,
             scale: Optional[float] = None,
             attn_drop: float = 0.,
             proj_drop: float = 0.,
@@ -85,6 +87,9 @@ class LongShortAttention2d(nn.Module):
                 'pre' their keys and values.
             dual_ln: Normalise keys and values of window and summaries to one scale (paper, section 3.3).
             conv_projection: Convolutional projections as in CvT instead of linear ones; needs num_global_tokens 0.
+            projection_init: Start of the dynamic projection: the standard deviation of its scores for normalised,
+                independent tokens; 'orthogonal' for a deviation of 1 with weights that are orthogonal across the
+                summaries of a head; None leaves it to whoever initialises linear maps.
             scale: Factor on the logits, (dim / num_heads) ** -0.5 by default.
             attn_drop: Dropout rate of the attention weights of local tokens.
             proj_drop: Dropout rate of the output.
@@ -108,6 +113,7 @@ class LongShortAttention2d(nn.Module):
         check_choice('global_attention', global_attention, GLOBAL_ATTENTIONS)
         if conv_projection and num_global_tokens:
             raise ValueError(f'num_global_tokens is {num_global_tokens}, convolutional projections allow only 0.')
+        check_projection_init(projection_init, dim, rank)
 
         self.dim = dim
         self.num_heads = num_heads
@@ -117,6 +123,7 @@ class LongShortAttention2d(nn.Module):
         self.num_global_tokens = num_global_tokens
         self.rel_pos_bias = rel_pos_bias
         self.global_attention = global_attention
+        self.projection_init = projection_init
         self.scale = (dim // num_heads) ** -0.5 if scale is None else scale
         self.fused_attn = use_fused_attn()
 
@@ -150,10 +157,21 @@ class LongShortAttention2d(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialises the module's own parameter, the bias table, and its index."""
+        """Initialises the module's own parameter, the bias table, its index, and the projection if asked to."""
         if self.local_relative_position_bias_table is not None:
             trunc_normal_(self.local_relative_position_bias_table, std=.02)
         self._init_buffers()
+        self.init_projection()
+
+    @torch.jit.ignore
+    def init_projection(self) -> None:
+        """Starts the dynamic projection as `projection_init` says; to be called after its linear map is initialised."""
+        if self.projection_init is None:
+            return
+        if isinstance(self.to_dynamic_projection, nn.Linear):
+            start_scores(self.to_dynamic_projection, self.num_heads, self.projection_init)
+        elif isinstance(self.scores, ConvScores):
+            start_scores(self.scores.to_dynamic_projection, self.num_heads, self.projection_init, CONV_GAIN)
 
     def init_non_persistent_buffers(self) -> None:
         """Recomputes what no checkpoint holds."""

@@ -215,6 +215,8 @@ class HierarchicalTransformer(nn.Module):
                 nn.init.zeros_(m.bias)
         elif needs_reset and hasattr(m, 'reset_parameters'):
             cast(Any, m).reset_parameters()
+        if isinstance(m, LongShortAttention2d):
+            m.init_projection()  # after its linear maps, which `apply` visits first
 
     @torch.jit.ignore
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:

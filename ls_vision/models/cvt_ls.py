@@ -40,6 +40,7 @@ class LongShortCvT(HierarchicalTransformer):
             window_size: Union[int, Sequence[int]] = (8, 4, 2),
             rank: Union[int, Sequence[int]] = (64, 16, 4),
             dual_ln: bool = True,
+            projection_init: Union[float, str, None] = None,
             qkv_bias: bool = True,
             proj_drop_rate: float = 0.,
             attn_drop_rate: float = 0.,
@@ -58,6 +59,8 @@ class LongShortCvT(HierarchicalTransformer):
             window_size: Window of long-short attention in tokens, for all stages or each.
             rank: Rank of its dynamic projection, for all stages or each.
             dual_ln: Normalise keys and values of long-short attention to one scale.
+            projection_init: Start of the dynamic projection in new training: the standard deviation of its scores, or
+                'orthogonal'; None is the start of all other linear maps.
             qkv_bias: Add a bias to queries, keys and values.
             proj_drop_rate: Dropout rate after attention and in the MLP.
             attn_drop_rate: Dropout rate of attention weights.
@@ -87,7 +90,8 @@ class LongShortCvT(HierarchicalTransformer):
             if attn_types[i] == 'full':
                 return FullAttention2d(**args)
             return LongShortAttention2d(
-                window_size=window_sizes[i], rank=ranks[i], rel_pos_bias=None, dual_ln=dual_ln, **args)
+                window_size=window_sizes[i], rank=ranks[i], rel_pos_bias=None, dual_ln=dual_ln,
+                projection_init=projection_init, **args)
 
         super().__init__(
             make_embed=make_embed, make_attention=make_attention, embed_dims=embed_dims, depths=depths,

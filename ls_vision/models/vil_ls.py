@@ -44,6 +44,7 @@ class LongShortViL(HierarchicalTransformer):
             rel_pos_bias: Optional[str] = 'released',
             global_attention: str = 'post',
             dual_ln: bool = True,
+            projection_init: Union[float, str, None] = None,
             qkv_bias: bool = True,
             proj_drop_rate: float = 0.,
             attn_drop_rate: float = 0.,
@@ -64,6 +65,8 @@ class LongShortViL(HierarchicalTransformer):
             rel_pos_bias: Position bias of windows: 'released', 'unique' or None; None also drops full attention's.
             global_attention: Keys of global tokens in long-short attention: 'post' or 'pre'.
             dual_ln: Normalise keys and values of long-short attention to one scale.
+            projection_init: Start of the dynamic projection in new training: the standard deviation of its scores, or
+                'orthogonal'; None is the start of all other linear maps.
             qkv_bias: Add a bias to queries, keys and values.
             proj_drop_rate: Dropout rate after attention and in the MLP.
             attn_drop_rate: Dropout rate of attention weights.
@@ -94,7 +97,7 @@ class LongShortViL(HierarchicalTransformer):
                 return FullAttention2d(feat_size=None if rel_pos_bias is None else feat_size, **args)
             return LongShortAttention2d(
                 window_size=window_sizes[i], rank=ranks[i], rel_pos_bias=rel_pos_bias,
-                global_attention=global_attention, dual_ln=dual_ln, **args)
+                global_attention=global_attention, dual_ln=dual_ln, projection_init=projection_init, **args)
 
         super().__init__(
             make_embed=make_embed, make_attention=make_attention, embed_dims=embed_dims, depths=depths,
