@@ -185,13 +185,13 @@ def compare(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     if not args.compile:
         calls['linear'] = contenders[case.model].linear_maps()
     times = alternate(calls, args.seconds)
-    with_shares = names[:2] if case.mode == 'step' and not args.compile else ()  # in inference a profiler sees other operators
+    profiled = names[:2] if case.mode == 'step' and not args.compile else ()  # a profiler sees others in inference
     return dict(
         **case._asdict(), compiled=args.compile, rounds=len(times[case.model]),
         ratios={name: ratio(times[case.model], times[name]) for name in case.against},
         linear=None if args.compile else ratio(times['linear'], times[case.against[0]]),
         seconds={name: statistics.median(seconds) for name, seconds in times.items()},
-        shares={name: contenders[name].shares() for name in with_shares})
+        shares={name: contenders[name].shares() for name in profiled})
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
