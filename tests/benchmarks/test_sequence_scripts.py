@@ -62,9 +62,10 @@ def test_every_variant_trains_and_a_finished_run_is_not_repeated(tmp_path, monke
             '--out', str(tmp_path)]
     monkeypatch.setattr(sys, 'argv', argv)
     listops.main()
-    table = next(tmp_path.glob('listops_*.md')).read_text()
+    table = next(tmp_path.glob('listops_closing_20-60_*.md')).read_text()
     assert all(f'| {variant} | 2 |' in table for variant in listops.VARIANTS)
-    files = sorted((tmp_path / 'runs').glob('*.json'))
+    files = sorted((tmp_path / 'runs').glob('*_closing_20-60_3_*.json'))
+    assert len(files) == 2 * len(listops.VARIANTS)
     before = [f.stat().st_mtime_ns for f in files]
     monkeypatch.setattr(sys, 'argv', [*argv, '--report'])
     listops.main()
