@@ -71,9 +71,9 @@ def dated(name: str) -> str:
 
 
 def spread(values: list[float], digits: int) -> str:
-    """Mean and standard deviation."""
-    deviation = statistics.stdev(values) if len(values) > 1 else float('nan')
-    return f'{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}'
+    """Mean and standard deviation; a single value alone."""
+    deviation = f' ± {statistics.stdev(values):.{digits}f}' if len(values) > 1 else ''
+    return f'{statistics.mean(values):.{digits}f}{deviation}'
 
 
 def train(
