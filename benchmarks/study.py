@@ -361,10 +361,13 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     tasks = tasks_of(rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     for task in tasks:
-        figure = Figure(figsize=(11, 4.5), layout='constrained')
-        for axes, (group, variants) in zip(figure.subplots(1, len(GROUPS), sharey=True), GROUPS.items(), strict=True):
-            draw_curves(axes, [row for row in rows if row['task'] == task], {BASE: {}, **variants})
-            axes.set(title=group, xlabel='update')
+        some = [row for row in rows if row['task'] == task]
+        shown = {title: names for title, names in GROUPS.items() if any(row['variant'] in names for row in some)}
+        figure = Figure(figsize=(2 + 3 * len(shown), 4.5), layout='constrained')
+        for axes, (title, names) in zip(
+                figure.subplots(1, len(shown), sharey=True, squeeze=False)[0], shown.items(), strict=True):
+            draw_curves(axes, some, {BASE: {}, **names})
+            axes.set(title=title, xlabel='update')
         figure.axes[0].set_ylabel('training loss (nats)')
         figure.savefig(f'{path}_{task}_curves.png', dpi=100)
     figure = Figure(figsize=(9, 3.5 * len(tasks)), layout='constrained')
