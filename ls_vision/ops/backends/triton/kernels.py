@@ -137,6 +137,15 @@ def _query_block(block, TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, BLOCK_
 
 
 @triton.jit
+def _range_on_grid(first_row, H, ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK: tl.constexpr):
+    """The numbers of those tokens of ROWS x COLS, from a row on, that are in rows of the grid.
+
+    Of the rows in front whole blocks are left out, not parts, which keeps the bias table's vectors aligned.
+    """
+    return tl.maximum(-first_row, 0) * COLS // BLOCK * BLOCK, tl.minimum(ROWS, H - first_row) * COLS
+
+
+@triton.jit
 def _is_interior(
         row0, col0, H, W, ROW_MARGIN: tl.constexpr, COL_MARGIN: tl.constexpr,
         ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -297,9 +306,7 @@ def forward_kernel(
     bias_ptr += head * bias_h
     if HAS_PADDING:
         padding_ptr += _map_corner(batch, 0, row0, col0, 1, H, W)
-    # of the rows outside the grid whole blocks are skipped, not parts, which keeps the bias table's vectors aligned
-    first = tl.maximum(ROW_MARGIN - row0, 0) * COLS // BLOCK_K * BLOCK_K
-    last = tl.minimum(ROWS, H - row0 + ROW_MARGIN) * COLS
+    first, last = _range_on_grid(row0 - ROW_MARGIN, H, ROWS, COLS, BLOCK_K)
     is_interior = _is_interior(row0, col0, H, W, ROW_MARGIN, COL_MARGIN, ROWS, COLS, BLOCK_K)
     # two loops are compiled, of which a program runs one; unlike those of if and else they share buffers
     for EDGE in tl.static_range(2):
@@ -380,8 +387,7 @@ def query_gradient_kernel(
     bias_ptr += head * bias_h
     if HAS_PADDING:
         padding_ptr += _map_corner(batch, 0, row0, col0, 1, H, W)
-    first = tl.maximum(ROW_MARGIN - row0, 0) * COLS // BLOCK_K * BLOCK_K
-    last = tl.minimum(ROWS, H - row0 + ROW_MARGIN) * COLS
+    first, last = _range_on_grid(row0 - ROW_MARGIN, H, ROWS, COLS, BLOCK_K)
     is_interior = _is_interior(row0, col0, H, W, ROW_MARGIN, COL_MARGIN, ROWS, COLS, BLOCK_K)
     # two loops are compiled, of which a program runs one; unlike those of if and else they share buffers
     for EDGE in tl.static_range(2):
@@ -501,8 +507,7 @@ def key_gradient_kernel(
         COLS: tl.constexpr = TILE_COLS + COLS_BEFORE * WINDOW_COLS
         q_row0 = tile_y * TILE_ROWS - ROWS_BEFORE * WINDOW_ROWS
         q_col0 = tile_x * TILE_COLS - COLS_BEFORE * WINDOW_COLS
-        first = tl.maximum(-q_row0, 0) * COLS // BLOCK_Q * BLOCK_Q
-        last = tl.minimum(ROWS, H - q_row0) * COLS
+        first, last = _range_on_grid(q_row0, H, ROWS, COLS, BLOCK_Q)
         for start in range(first, last, BLOCK_Q):
             q_index = start + tl.arange(0, BLOCK_Q)
             q_row = _divide(q_index, COLS)
