@@ -27,7 +27,7 @@ from contenders import Floor, TileCopying, full_attention
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ls_vision.analysis.measure import added_memory, alternate, describe_machine, ratio, spread, write
+from ls_vision.analysis.measure import added_memory, alternate, describe_machine, ratio, spread, write_as_measured
 from ls_vision.layers import LongShortAttention2d
 from ls_vision.ops.backends import BACKEND_ENV, BACKENDS
 
@@ -79,15 +79,10 @@ def main() -> None:
         return
     torch.set_num_threads(args.threads)
     name = f'attention_{args.device}_{args.dtype}_{datetime.date.today():%Y-%m-%d}'
-    rows: list[dict[str, Any]] = []
     machine = describe_machine(args.device, args.dtype, args.threads)
-    try:
-        for layer in tqdm(args.layers, desc='layers', disable=None):
-            rows += measure_layer(layer, args)
-            write(args.out / name, machine, rows, markdown(rows))
-    except KeyboardInterrupt:
-        print('Interrupted.', file=sys.stderr)
-    print((args.out / f'{name}.md').read_text() if rows else 'Nothing was measured.')
+    layers = tqdm(args.layers, desc='layers', disable=None)
+    write_as_measured(
+        args.out / name, machine, (row for layer in layers for row in measure_layer(layer, args)), markdown)
 
 
 def parse_args() -> argparse.Namespace:

@@ -25,7 +25,7 @@ from torch import nn
 from tqdm import tqdm
 
 import ls_vision  # noqa: F401  registers the models
-from ls_vision.analysis.measure import describe_machine, peak_resident_size, write
+from ls_vision.analysis.measure import describe_machine, peak_resident_size, write_as_measured
 from ls_vision.detection import DETECTORS, build_detector
 from ls_vision.detection.backbone import PyramidBackbone
 from ls_vision.runtime.devices import is_out_of_memory
@@ -46,14 +46,11 @@ def main() -> None:
     name = f'detection_memory_{args.detector or "fpn"}{checkpointing}_{args.device}_{datetime.date.today():%Y-%m-%d}'
     rows = saved_rows(args.out / f'{name}.json', machine['command'])
     measured = {(row['model'], (row['height'], row['width'])) for row in rows}
-    try:
-        for model in args.models:
-            for size in tqdm([s for s in args.sizes if (model, s) not in measured], desc=model, disable=None):
-                rows.append(dict(model=model, height=size[0], width=size[1], **run_case(model, size)))
-                write(args.out / name, machine, rows, markdown(rows, args))
-    except KeyboardInterrupt:
-        print('Interrupted.', file=sys.stderr)
-    print((args.out / f'{name}.md').read_text() if rows else 'Nothing was measured.')
+    missing = (
+        (model, size) for model in args.models
+        for size in tqdm([s for s in args.sizes if (model, s) not in measured], desc=model, disable=None))
+    new = (dict(model=model, height=size[0], width=size[1], **run_case(model, size)) for model, size in missing)
+    write_as_measured(args.out / name, machine, new, lambda rows: markdown(rows, args), rows)
 
 
 def saved_rows(path: Path, command: str) -> list[dict[str, Any]]:

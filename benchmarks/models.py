@@ -13,6 +13,7 @@ Markdown table, after every comparison.
 """
 import argparse
 import datetime
+import functools
 import json
 import statistics
 import subprocess
@@ -26,7 +27,15 @@ from torch import nn
 from tqdm import tqdm
 
 import ls_vision  # noqa: F401  registers the models
-from ls_vision.analysis.measure import added_memory, alternate, describe_machine, ratio, slope, spread, write
+from ls_vision.analysis.measure import (
+    added_memory,
+    alternate,
+    describe_machine,
+    ratio,
+    slope,
+    spread,
+    write_as_measured,
+)
 
 RESULTS = Path(__file__).parent / 'results'
 BASELINE = 'swin_small_patch4_window7_224'
@@ -57,17 +66,11 @@ def main() -> None:
         return
     machine = describe_machine(args.device, args.dtype, args.threads)
     path = args.out / f'models_{args.device}_{args.dtype}_{datetime.date.today():%Y-%m-%d}'
-    rows: list[dict[str, Any]] = []
-    try:
-        for case in tqdm(args.compare if args.only != 'growth' else [], desc='comparisons', disable=None):
-            rows.append(compare(case, args))
-            write(path, machine, rows, markdown(rows))
-        for size in tqdm(GROWTH_SIZES if args.only != 'compare' else [], desc='growth', disable=None):
-            rows.append(measure_growth(Case(GROWTH_MODEL, size, 1), args))
-            write(path, machine, rows, markdown(rows))
-    except KeyboardInterrupt:
-        print('Interrupted.', file=sys.stderr)
-    print(path.with_name(f'{path.name}.md').read_text() if rows else 'Nothing was measured.')
+    calls = [functools.partial(compare, case, args) for case in args.compare if args.only != 'growth']
+    calls += [
+        functools.partial(measure_growth, Case(GROWTH_MODEL, size, 1), args) for size in GROWTH_SIZES
+        if args.only != 'compare']
+    write_as_measured(path, machine, (call() for call in tqdm(calls, desc='cases', disable=None)), markdown)
 
 
 def parse_args() -> argparse.Namespace:

@@ -20,7 +20,6 @@ import datetime
 import os
 import re
 import statistics
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +32,7 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 import ls_vision  # noqa: F401  registers the models
-from ls_vision.analysis.measure import alternate, describe_machine, ratio, spread, write
+from ls_vision.analysis.measure import alternate, describe_machine, ratio, spread, write_as_measured
 
 LIMITS = ('ONEDNN_MAX_CPU_ISA', 'ATEN_CPU_CAPABILITY', 'MKL_ENABLE_INSTRUCTIONS')
 RESULTS = Path(__file__).parent / 'results'
@@ -81,14 +80,8 @@ def main() -> None:
     name = '_'.join([
         'training_cpu', args.dtype, machine['instructions'].lower().replace(' ', ''),
         *(['compiled'] if args.compile else []), f'{datetime.date.today():%Y-%m-%d}'])
-    rows: list[dict[str, Any]] = []
-    try:
-        for case in tqdm([case for case in args.cases if case.mode in args.only], desc='cases', disable=None):
-            rows.append(compare(case, args))
-            write(args.out / name, machine, rows, markdown(rows))
-    except KeyboardInterrupt:
-        print('Interrupted.', file=sys.stderr)
-    print((args.out / f'{name}.md').read_text() if rows else 'Nothing was measured.')
+    cases = tqdm([case for case in args.cases if case.mode in args.only], desc='cases', disable=None)
+    write_as_measured(args.out / name, machine, (compare(case, args) for case in cases), markdown)
 
 
 def parse_args() -> argparse.Namespace:

@@ -11,7 +11,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,3 +125,29 @@ def write(path: Path, machine: dict[str, Any], rows: list[dict[str, Any]], markd
     for suffix, text in (('.json', json.dumps(dict(machine=machine, rows=rows), indent=1)),
                          ('.md', f'{head}\n\n`{machine["command"]}`\n\n{markdown}')):
         write_text(path.with_name(path.name + suffix), text + '\n')
+
+
+def write_as_measured(
+        path: Path,
+        machine: dict[str, Any],
+        measured: Iterable[dict[str, Any]],
+        markdown: Callable[[list[dict[str, Any]]], str],
+        rows: Sequence[dict[str, Any]] = (),
+) -> None:
+    """Writes PATH.json and PATH.md after every row, and prints the table at the end or after Ctrl-C.
+
+    Args:
+        path: Without suffix.
+        machine: From `describe_machine`.
+        measured: Rows, each measured when it is asked for.
+        markdown: Makes the table.
+        rows: Those of an earlier run.
+    """
+    found = list(rows)
+    try:
+        for row in measured:
+            found.append(row)
+            write(path, machine, found, markdown(found))
+    except KeyboardInterrupt:
+        print('Interrupted.', file=sys.stderr)
+    print(path.with_name(f'{path.name}.md').read_text() if found else 'Nothing was measured.')
