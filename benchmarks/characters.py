@@ -20,8 +20,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from sequence_contenders import FullAttention1d
-from sequence_training import add_arguments, publish, run_all, spread, train
 from torch import Tensor, nn
+from training_runs import add_arguments, publish, run_all, spread, train
 
 from ls_vision.data.austen import read_bytes
 from ls_vision.models.language_model import LanguageModel
@@ -134,7 +134,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser, VARIANTS, steps=3000, runs='output/characters')
+    add_arguments(parser, VARIANTS, 'output/characters', 3000)
     parser.add_argument('--data-dir', default='data/austen')
     parser.add_argument('--batch', type=int, default=8)
     parser.add_argument('--segment', type=int, default=512, help='bytes')

@@ -1,115 +1,208 @@
 #!/usr/bin/env python3
-"""Detectors on different backbones, all from scratch, after the same processor time of training.
+"""Detectors on different backbones, all from scratch: precision after equal updates and after equal processor time.
 
     python -m ls_vision.data.deepforest --data-dir data/deepforest
-    python benchmarks/detection_comparison.py --seconds 150
+    python benchmarks/detection_comparison.py                              # every run; can be interrupted and resumed
+    python benchmarks/detection_comparison.py --variants long-short --seeds 0
+    python benchmarks/detection_comparison.py --report                     # table and plot of the finished runs
 
-Recipe, detector and data are those of configs/detection/deepforest.yaml. Only the backbone differs, and the number of
-updates, which depends on the processor seconds (of all threads) per update. The cosine schedule covers all updates.
-Results go to benchmarks/results/, a JSON file and a Markdown table, after every backbone; a backbone with a result
-there is not trained again.
+Recipe, detector and data are those of configs/detection/deepforest.yaml, without its start from CIFAR-10. A variant
+differs from long-short attention in what its name says. After the warm-up the learning rate stays as it is and the
+averaged weights are evaluated, so that one run shows the precision after any number of updates and after any time.
+Time is that of all threads of the process, for data and updates; evaluation is not counted. All variants of a seed see
+the same crops in the same order, unless the crops are what differs. At the end the detector also reads the whole
+photograph at once.
 """
 import argparse
-import datetime
+import functools
 import json
+import os
+import statistics
 import sys
 import time
-from itertools import islice
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault('OMP_WAIT_POLICY', 'passive')  # idle threads sleep, because the machine may be shared
+
 import torch
 import yaml
+from tqdm import tqdm
+from training_runs import add_arguments, dated, interval, publish, run_all, spread
 
-from ls_vision.analysis.measure import describe_machine, write
 from ls_vision.detection.config import parse_args as parse_training_args
+from ls_vision.detection.engine import DetectionLoader, find_objects, score
+from ls_vision.runtime import randomness
+from ls_vision.runtime.errors import UserError
+from ls_vision.runtime.files import write_text
 from ls_vision.runtime.processes import Processes
-from ls_vision.training.engine import update
+from ls_vision.training.engine import Batch, update
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the training script lies beside the package
 
 import train_detection
 
-ROOT = Path(__file__).parents[1]
-CONFIG = ROOT / 'configs' / 'detection' / 'deepforest.yaml'
-EPOCHS = 5
+CONFIG = yaml.safe_load((Path(__file__).parents[1] / 'configs' / 'detection' / 'deepforest.yaml').read_text())
+BASE = 'long-short'
+VARIANTS: dict[str, dict[str, Any]] = {  # what each changes in the config
+    BASE: {},
+    'window only': dict(model_kwargs={**CONFIG['model_kwargs'], 'rank': 0}),
+    'full attention': dict(model_kwargs={**CONFIG['model_kwargs'], 'attn_types': 'full'}),
+    'Swin-T': dict(model='swin_tiny_patch4_window7_224', model_kwargs={}),
+    'ResNet-50': dict(model='resnet50', model_kwargs={}),
+}
+WARMUP = 20  # updates
+METRICS = ('AP', 'AP50', 'AR')
 
 
-def main() -> None:
-    args = parse_args()
-    torch.set_num_threads(args.threads)
-    path = args.out / f'detection_comparison_{datetime.date.today():%Y-%m-%d}'
-    saved = path.with_name(f'{path.name}.json')
-    rows: list[dict[str, Any]] = json.loads(saved.read_text())['rows'] if saved.exists() else []
-    for name, values in contenders().items():
-        if any(row['name'] == name for row in rows):
-            continue
-        rows.append(dict(name=name, **train(name, values, args)))
-        write(path, describe_machine('cpu', 'float32', args.threads), rows, markdown(rows, args))
-    print(path.with_name(f'{path.name}.md').read_text())
+# ---- runs ------------------------------------------------------------------------------------------------------------
 
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--seconds', type=float, default=150., help='processor time of the training of each backbone')
-    parser.add_argument('--threads', type=int, default=torch.get_num_threads(), help='threads of PyTorch')
-    parser.add_argument('--out', type=Path, default=Path(__file__).parent / 'results')
-    return parser.parse_args()
-
-
-def contenders() -> dict[str, dict[str, Any]]:
-    """The changes that each makes to the config."""
-    kwargs = yaml.safe_load(CONFIG.read_text())['model_kwargs']
-    return {
-        'long-short': {},
-        'full attention': dict(model_kwargs={**kwargs, 'attn_types': 'full'}),
-        'Swin-T': dict(model='swin_tiny_patch4_window7_224', model_kwargs={}),
-        'ResNet-50': dict(model='resnet50', model_kwargs={}),
-    }
-
-
-def train(name: str, values: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    """Train for as many updates as fit, and evaluate."""
-    output = ROOT / 'output' / 'detection_comparison'
-    output.mkdir(parents=True, exist_ok=True)
-    config = {**yaml.safe_load(CONFIG.read_text()), **values}
-    config.pop('initial_backbone')  # from scratch, as the others must
-    config.update(epochs=EPOCHS, warmup_epochs=EPOCHS / 10, eval_interval=EPOCHS, workers=0, device='cpu',
-                  output=str(output), experiment=name.replace(' ', '_'))
-    path = output / f'{config["experiment"]}.yaml'
-    path.write_text(yaml.safe_dump(config))
-    seconds, parameters = seconds_per_update(path)
-    updates_per_epoch = max(1, round(args.seconds / seconds / EPOCHS))
-    crops = updates_per_epoch * config['batch_size']
-    result = train_detection.main(['--config', str(path), '--crops-per-image', str(crops)])
-    result.pop('output')
-    return dict(parameters=parameters, seconds_per_update=seconds, updates=updates_per_epoch * EPOCHS, **result)
-
-
-def seconds_per_update(config: Path, warmup: int = 2, count: int = 6) -> tuple[float, int]:
-    """Processor seconds of an update without its data, and the number of parameters."""
-    args = parse_training_args(['--config', str(config)])
+def run_case(args: argparse.Namespace, variant: str, seed: int) -> dict[str, Any]:
+    """Trains a detector past the last number of updates and the last time, and evaluates it at each."""
+    path = path_of(args, variant, seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    config = training_config(path, variant, seed)
     processes = Processes(torch.device('cpu'))
-    train_set, _ = train_detection.read_sets(args)
-    batches = list(islice(train_detection.create_loader(args, train_set, processes).read(0), warmup + count))
-    model = train_detection.build_model(args, len(train_set.class_names))
-    state = train_detection.build_state(args, model, processes, updates_per_epoch=1000)
-    state.task.train()
-    start = 0.
-    for i, batch in enumerate(batches):
-        if i == warmup:
-            start = time.process_time()
-        update(state, [batch], args, 'timing')
-    return (time.process_time() - start) / count, sum(p.numel() for p in model.parameters())
+    randomness.prepare(seed, processes.rank, deterministic=False)
+    train_set, val_set = train_detection.read_sets(config)
+    loader = train_detection.create_loader(config, train_set, processes)
+    model = train_detection.build_model(config, len(train_set.class_names))
+    state = train_detection.build_state(config, model, processes, updates_per_epoch=WARMUP)
+    points: list[dict[str, Any]] = []
+    losses: list[float] = []
+    seconds, batches = 0., endless(loader)
+    with tqdm(total=round(max(args.seconds)), desc=path.name, unit='s', disable=None) as progress:
+        while seconds < max(args.seconds) or len(losses) < max(args.updates):
+            begin, before = time.process_time(), seconds
+            state.task.train()
+            losses.append(update(state, [next(batches)], config, path.name)[0])
+            seconds += time.process_time() - begin
+            progress.update(min(seconds, progress.total) - progress.n)
+            if len(losses) in args.updates or any(before < limit <= seconds for limit in args.seconds):
+                metrics = score(val_set, find_objects(state.eval_model, val_set, config, processes), config)
+                points.append(dict(updates=len(losses), seconds=seconds, **{name: metrics[name] for name in METRICS}))
+    config.tile_size = None
+    whole = score(val_set, find_objects(state.eval_model, val_set, config, processes), config)
+    result = dict(
+        variant=variant, seed=seed, parameters=sum(p.numel() for p in model.parameters()), points=points,
+        whole={name: whole[name] for name in METRICS}, losses=losses)
+    write_text(path.with_suffix('.json'), json.dumps(result, indent=1) + '\n')
+    return result
 
 
-def markdown(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
-    lines = [f'FCOS from scratch, {args.seconds:g} processor seconds of training each, on the held-out photograph.', '',
-             '| backbone | parameters, M | s per update | updates | AP | AP50 | AR |', '|---|---|---|---|---|---|---|']
-    lines += [
-        f'| {r["name"]} | {r["parameters"] / 1e6:.1f} | {r["seconds_per_update"]:.2f} | {r["updates"]} | '
-        f'{r["AP"]:.3f} | {r["AP50"]:.3f} | {r["AR"]:.3f} |' for r in rows]
+def training_config(path: Path, variant: str, seed: int) -> argparse.Namespace:
+    """The demo's arguments, from scratch, with a constant learning rate after the warm-up."""
+    config = {**CONFIG, **VARIANTS[variant]}
+    config.pop('initial_backbone')
+    config.update(
+        crops_per_image=WARMUP * config['batch_size'], warmup_epochs=1, epochs=10 ** 6, min_lr=config['lr'],
+        workers=0, device='cpu', seed=seed)
+    file = path.with_suffix('.yaml')
+    write_text(file, yaml.safe_dump(config))
+    return parse_training_args(['--config', str(file)])
+
+
+def endless(loader: DetectionLoader) -> Iterator[Batch]:
+    """Batches of one epoch after the other."""
+    epoch = 0
+    while True:
+        yield from loader.read(epoch)
+        epoch += 1
+
+
+def path_of(args: argparse.Namespace, variant: str, seed: int) -> Path:
+    """Runs of other lengths lie in other folders and are never mixed with these."""
+    folder = args.runs / f'{max(args.updates)}_updates_{max(args.seconds):g}_seconds'
+    return folder / f'{variant.replace(" ", "-")}_{seed}'
+
+
+# ---- report ----------------------------------------------------------------------------------------------------------
+
+def markdown(rows: list[dict[str, Any]], args: argparse.Namespace, name: str) -> str:
+    updates, seconds = max(args.updates), max(args.seconds)
+    return '\n\n'.join([
+        f'FCOS from scratch on one aerial photograph, tested on another in tiles of {CONFIG["tile_size"]} pixels, at '
+        f'most {CONFIG["max_dets"]} detections. AP50: mean over seeds, standard deviation after it. Differences to '
+        f'{BASE} of the same seed, with 95 % confidence intervals (Student\'s t over seeds). The last column is after '
+        'all updates, the whole photograph at once.',
+        tables(rows, updates, seconds), f'![precision by updates and by time]({name}.png)'])
+
+
+def tables(rows: list[dict[str, Any]], updates: int, seconds: float) -> str:
+    """AP50 of each variant after `updates` and after `seconds`."""
+    head = ['backbone', 'parameters, M', 'seeds', f'AP50, {updates} updates', f'to {BASE}', 'updates',
+            f'AP50, {seconds:g} s', f'to {BASE}', 'AP50, whole photograph']
+    lines = [f'| {" | ".join(head)} |', '|---' * len(head) + '|']
+    for variant in VARIANTS:
+        runs = [row for row in rows if row['variant'] == variant]
+        if not runs:
+            continue
+        after_updates, after_time = ([at(row, key, limit) for row in runs] for key, limit in
+                                     (('updates', updates), ('seconds', seconds)))
+        lines.append('| ' + ' | '.join([
+            variant, f'{runs[0]["parameters"] / 1e6:.1f}', str(len(runs)),
+            spread([point['AP50'] for point in after_updates], 3), differences(rows, variant, 'updates', updates),
+            f'{statistics.mean(point["updates"] for point in after_time):.0f}',
+            spread([point['AP50'] for point in after_time], 3), differences(rows, variant, 'seconds', seconds),
+            spread([row['whole']['AP50'] for row in runs], 3)]) + ' |')
     return '\n'.join(lines)
+
+
+def at(row: dict[str, Any], key: str, limit: float) -> dict[str, Any]:
+    """The first evaluation of a run that had this many updates or seconds."""
+    return next(point for point in row['points'] if point[key] >= limit)
+
+
+def differences(rows: list[dict[str, Any]], variant: str, key: str, limit: float) -> str:
+    """AP50 minus that of long-short attention of the same seed."""
+    if variant == BASE:
+        return ''
+    base = {row['seed']: at(row, key, limit)['AP50'] for row in rows if row['variant'] == BASE}
+    return interval([at(row, key, limit)['AP50'] - base[row['seed']]
+                     for row in rows if row['variant'] == variant and row['seed'] in base], 3)
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """AP50 of every run by updates and by processor time."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as e:
+        raise UserError('the plots need matplotlib: pip install matplotlib') from e
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure = Figure(figsize=(10, 4.5), layout='constrained')
+    for axes, key, label in zip(
+            figure.subplots(1, 2, sharey=True), ('updates', 'seconds'), ('update', 'processor seconds'), strict=True):
+        for i, variant in enumerate(VARIANTS):
+            runs = [row for row in rows if row['variant'] == variant]
+            for row in runs:
+                points = row['points']
+                axes.plot([p[key] for p in points], [p['AP50'] for p in points], f'C{i}.-', linewidth=1,
+                          label=variant if row is runs[0] else None)
+        axes.set(xlabel=label)
+        axes.grid(alpha=.3)
+        axes.legend(fontsize='small')
+    figure.axes[0].set(ylabel='AP50 on the held-out photograph', ylim=(0, None))
+    figure.savefig(path.with_suffix('.png'), dpi=100)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser, VARIANTS, 'output/detection_comparison')
+    parser.add_argument('--updates', nargs='+', type=int, default=[50, 100], help='evaluate after these')
+    parser.add_argument('--seconds', nargs='+', type=float, default=[60, 120, 180, 240], help='and after these')
+    args = parser.parse_args(argv)
+    try:
+        rows = run_all(args, functools.partial(path_of, args), functools.partial(run_case, args))
+        if not rows:
+            raise UserError(f'{args.runs} holds no finished run')
+        name = dated('detection_comparison')
+        draw(rows, args.out / name)
+        publish(args, 'detection_comparison', rows, markdown(rows, args, name))
+    except UserError as e:
+        sys.exit(f'error: {e}')
+    except KeyboardInterrupt:
+        sys.exit(f'\nInterrupted; {args.runs} holds what is done, the same command goes on from there')
 
 
 if __name__ == '__main__':

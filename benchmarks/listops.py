@@ -23,9 +23,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from sequence_contenders import FixedProjection1d, MaskedFullAttention1d
-from sequence_training import add_arguments, publish, run_all, spread, train
 from torch import Tensor
 from tqdm import tqdm
+from training_runs import add_arguments, publish, run_all, spread, train
 
 from ls_vision.layers import LongShortAttention1d
 from ls_vision.models.sequence_classifier import SequenceClassifier
@@ -219,7 +219,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser, VARIANTS, steps=5000, runs='output/listops')
+    add_arguments(parser, VARIANTS, 'output/listops', 5000)
     parser.add_argument('--brackets', choices=('closing', 'none'), default='closing')
     parser.add_argument('--batch', type=int, default=32)
     parser.add_argument('--lr', type=float, default=1e-4)

@@ -31,10 +31,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from pages import replace_section
-from sequence_training import CHECKPOINT_STEPS, add_arguments, dated, publish, run_all, spread, train
 from torch import Tensor, nn
 from torchvision.datasets import ImageFolder
 from tqdm import tqdm
+from training_runs import CHECKPOINT_STEPS, add_arguments, dated, interval, publish, run_all, spread, train
 
 from ls_vision.analysis.record import record
 from ls_vision.analysis.summaries import use_of_summaries
@@ -288,19 +288,6 @@ def differences(rows: list[dict[str, Any]], variant: str) -> list[float]:
             for row in rows if row['variant'] == variant and row['seed'] in base]
 
 
-def interval(values: list[float]) -> str:
-    """Mean and 95 % confidence interval by Student's t; a dash of fewer than two values."""
-    try:
-        from scipy.stats import t
-    except ImportError as e:
-        raise UserError('the confidence intervals need scipy: pip install scipy') from e
-    if len(values) < 2:
-        return '—'
-    mean, error = statistics.mean(values), statistics.stdev(values) / len(values) ** .5
-    half = float(t.ppf(.975, len(values) - 1)) * error
-    return f'{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})'
-
-
 def markdown(rows: list[dict[str, Any]], name: str) -> str:
     """What the results file says: settings, tables, pictures."""
     first = rows[0]
@@ -406,7 +393,7 @@ def draw_sweep(axes: Any, rows: list[dict[str, Any]], variants: dict[int, str]) 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser, VARIANTS, steps=4000, runs='output/study')
+    add_arguments(parser, VARIANTS, 'output/study', 4000)
     parser.add_argument('--tasks', nargs='+', choices=TASKS, default=list(TASKS))
     parser.add_argument('--data-dir', default='data/cifar10', metavar='DIR', help='CIFAR-10 as an image folder')
     parser.add_argument('--batch', type=int, default=16, help='images of an update')

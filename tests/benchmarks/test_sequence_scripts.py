@@ -73,7 +73,7 @@ def test_every_variant_trains_and_a_finished_run_is_not_repeated(tmp_path, monke
 
 
 def test_interrupted_run_ends_as_an_uninterrupted_one(tmp_path):
-    from sequence_training import train
+    from training_runs import train
 
     def run(path, stop_at=None):
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""What listops.py, characters.py and study.py share: arguments, runs that go on when interrupted, the table."""
+"""What the benchmarks that train share: arguments, runs that go on when interrupted, the table."""
 import argparse
 import datetime
 import json
@@ -14,17 +14,24 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ls_vision.analysis.measure import describe_machine, write
+from ls_vision.runtime.errors import UserError
 from ls_vision.runtime.files import write_text
 
 RESULTS = Path(__file__).parent / 'results'
 CHECKPOINT_STEPS = 100
 
 
-def add_arguments(parser: argparse.ArgumentParser, variants: Iterable[str], steps: int, runs: str) -> None:
-    """Which runs, where they are kept, and how many threads they take."""
+def add_arguments(
+        parser: argparse.ArgumentParser,
+        variants: Iterable[str],
+        runs: str,
+        steps: int | None = None,
+) -> None:
+    """Which runs, of how many updates (unless None), where they are kept, and how many threads they take."""
     parser.add_argument('--variants', nargs='+', choices=variants, default=list(variants))
     parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
-    parser.add_argument('--steps', type=int, default=steps)
+    if steps is not None:
+        parser.add_argument('--steps', type=int, default=steps)
     parser.add_argument('--runs', type=Path, default=Path(runs))
     parser.add_argument('--out', type=Path, default=RESULTS)
     parser.add_argument('--threads', type=int, default=torch.get_num_threads())
@@ -74,6 +81,19 @@ def spread(values: list[float], digits: int) -> str:
     """Mean and, of several values, standard deviation."""
     mean = f'{statistics.mean(values):.{digits}f}'
     return mean if len(values) == 1 else f'{mean} ± {statistics.stdev(values):.{digits}f}'
+
+
+def interval(values: list[float], digits: int = 2) -> str:
+    """Mean and 95 % confidence interval by Student's t; a dash of fewer than two values."""
+    try:
+        from scipy.stats import t
+    except ImportError as e:
+        raise UserError('the confidence intervals need scipy: pip install scipy') from e
+    if len(values) < 2:
+        return '—'
+    mean, error = statistics.mean(values), statistics.stdev(values) / len(values) ** .5
+    half = float(t.ppf(.975, len(values) - 1)) * error
+    return f'{mean:+.{digits}f} ({mean - half:+.{digits}f} to {mean + half:+.{digits}f})'
 
 
 def train(
