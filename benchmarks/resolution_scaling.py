@@ -27,8 +27,8 @@ FAMILIES = {
     'vil': scale.MODELS,
     'cvt': ['cvt_ls_13', 'cvt_13', 'cvt_ls_21', 'cvt_21'],
 }
-SIZES = {'cpu': ['224', '448', '672', '896', '1024', '1120']}
-SIZES['cuda'] = [*SIZES['cpu'], '1792']
+SIZES = {'cpu': [(side, side) for side in (224, 448, 672, 896, 1024, 1120)]}
+SIZES['cuda'] = [*SIZES['cpu'], (1792, 1792)]
 
 
 def main() -> None:

@@ -20,8 +20,8 @@ COMMANDS = dict(
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Runs a subcommand; exits with 2 for wrong input and with 130 if interrupted."""
     prepare_streams()
-    args = parse_args(argv)
     try:
+        args = parse_args(argv)
         import ls_vision.models  # noqa: F401  (registers the models)
 
         args.run(args)

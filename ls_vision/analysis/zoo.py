@@ -17,7 +17,6 @@ from ls_vision.runtime.spelling import did_you_mean
 ImageSize = tuple[int, int]
 """Height and width in pixels."""
 
-LARGEST_SIDE = 1_000_000  # tensors of much larger images have more elements than can be counted
 
 
 class Published(NamedTuple):
@@ -103,22 +102,8 @@ def default_size(name: str) -> ImageSize:
     return height, width
 
 
-def parse_size(text: str) -> ImageSize:
-    """(height, width) of '224' or '640x480'.
-
-    Raises:
-        UserError: The text is neither.
-    """
-    numbers = text.lower().split('x')
-    if len(numbers) > 2 or not all(number.isdecimal() and int(number) > 0 for number in numbers):
-        raise UserError(f'image size {text!r}: expected pixels, as 224 or as HEIGHTxWIDTH, 640x480')
-    if any(int(number) > LARGEST_SIDE for number in numbers):
-        raise UserError(f'image size {text!r}: expected at most {LARGEST_SIDE:,} pixels a side')
-    return int(numbers[0]), int(numbers[-1])
-
-
 def size_name(size: ImageSize) -> str:
-    """The text that `parse_size` reads."""
+    """The text that `ls_vision.runtime.arguments.image_size` reads."""
     return str(size[0]) if size[0] == size[1] else f'{size[0]}x{size[1]}'
 
 

@@ -70,6 +70,23 @@ def positive_number(text: str) -> float:
     return value
 
 
+LARGEST_SIDE = 1_000_000  # tensors of much larger images have more elements than can be counted
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """(height, width) of '224' or '640x480'.
+
+    Raises:
+        UserError: The text is neither.
+    """
+    numbers = text.lower().split('x')
+    if len(numbers) > 2 or not all(number.isdecimal() and int(number) > 0 for number in numbers):
+        raise UserError(f'image size {text!r}: expected pixels, as 224 or as HEIGHTxWIDTH, 640x480')
+    if any(int(number) > LARGEST_SIDE for number in numbers):
+        raise UserError(f'image size {text!r}: expected at most {LARGEST_SIDE:,} pixels a side')
+    return int(numbers[0]), int(numbers[-1])
+
+
 _UNITS = dict(MiB=2 ** 20, GiB=2 ** 30, TiB=2 ** 40, MB=10 ** 6, GB=10 ** 9, TB=10 ** 12)
 
 

@@ -98,22 +98,24 @@ LIGHT = """
 import sys
 from ls_vision.{module} import main
 try:
-    main(['--help'])
+    main({args})
 except SystemExit as e:
-    assert e.code == 0
+    assert e.code == {code}
 assert not {{'torch', 'timm', 'numpy'}} & sys.modules.keys(), sorted(sys.modules)
 """
 
 
-@pytest.mark.parametrize('module', ['cli', 'export', 'run'])
-def test_help_imports_no_torch(module, tmp_path):
+@pytest.mark.parametrize('module, args, code', [
+    ('cli', ['--help'], 0), ('export', ['--help'], 0), ('run', ['--help'], 0),
+    ('cli', ['choose', '--img-size', 'x'], 2)])
+def test_help_and_wrong_arguments_import_no_torch(module, args, code, tmp_path):
     """The imports take seconds."""
-    (tmp_path / 'ls-vision').write_text(LIGHT.format(module=module))
+    (tmp_path / 'ls-vision').write_text(LIGHT.format(module=module, args=args, code=code))
     environment = dict(os.environ, PYTHONPATH=str(ROOT))
     result = subprocess.run(
         [sys.executable, str(tmp_path / 'ls-vision')], capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
-    assert 'usage: ' in result.stdout
+    assert 'usage: ' in result.stdout if code == 0 else result.stderr.startswith("error: image size 'x': expected")
 
 
 def test_help_of_every_command_in_two_seconds():

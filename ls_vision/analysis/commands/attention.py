@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ls_vision.runtime.arguments import KeyValues
+from ls_vision.runtime.arguments import KeyValues, image_size
 from ls_vision.runtime.errors import UserError
 from ls_vision.runtime.files import atomic_write, check_output, write_text
 
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         '--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='NAME=VALUE',
         help='arguments that the model was built with')
     parser.add_argument(
-        '--img-size', metavar='SIZE',
+        '--img-size', type=image_size, metavar='SIZE',
         help='size to resize the image to (default: shorter side as configured for the model, same aspect ratio)')
     parser.add_argument('--stage', type=int, help='stage of the sheet, numbered from 0 (default: 0)')
     parser.add_argument('--block', type=int, help='block of the stage, from 0 (default: 0)')
@@ -60,8 +60,7 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
 
     model = zoo.load(args.model, args.checkpoint, args.model_kwargs)
     shorter = min(getattr(model, 'img_size', zoo.default_size(args.model)))
-    size = None if args.img_size is None else zoo.parse_size(args.img_size)
-    image = attention_sheet.load_image(args.image, size, shorter)
+    image = attention_sheet.load_image(args.image, args.img_size, shorter)
     return model, image
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ls_vision.analysis.tables import FORMATS, render
-from ls_vision.runtime.arguments import positive_int, positive_number
+from ls_vision.runtime.arguments import image_size, positive_int, positive_number
 
 if TYPE_CHECKING:
     from ls_vision.analysis.worker import Settings
@@ -34,7 +34,7 @@ COLUMNS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('models', nargs='+', metavar='MODEL', help='name of a model of this package or of timm')
-    parser.add_argument('--img-size', nargs='+', metavar='SIZE', help="default: the model's own size")
+    parser.add_argument('--img-size', type=image_size, nargs='+', metavar='SIZE', help="default: the model's own size")
     parser.add_argument('--format', choices=FORMATS, default='markdown', help='output format (default: %(default)s)')
     parser.add_argument('--out', type=Path, help='file of results (default: output/bench/TIME.json)')
     add_measuring_arguments(parser, seconds=10., rounds=1)
@@ -65,28 +65,20 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from ls_vision.analysis import scale
-    from ls_vision.analysis.zoo import default_size
+    from ls_vision.analysis.zoo import check_model, default_size
 
     now = f'{datetime.datetime.now():%Y-%m-%d_%H%M%S}'
     results = scale.Results.create(args.out or Path(f'output/bench/{now}.json'), settings(args), resume=False)
-    sizes = parse_sizes(args)
+    for name in args.models:
+        check_model(name)
     points = [
         point for name in args.models
-        for point in scale.plan([name], sizes or [default_size(name)], args.batch_size, args.mode)]
+        for point in scale.plan([name], args.img_size or [default_size(name)], args.batch_size, args.mode)]
     try:
         scale.measure_points(points, results, args.rounds)
     finally:
         if results.rows:
             print(render(args.format, results.rows, COLUMNS), flush=True)
-
-
-def parse_sizes(args: argparse.Namespace) -> list[tuple[int, int]]:
-    """The given sizes. Raises UserError for an invalid size or an unknown model."""
-    from ls_vision.analysis.zoo import check_model, parse_size
-
-    for name in args.models:
-        check_model(name)
-    return [parse_size(text) for text in args.img_size or ()]
 
 
 def settings(args: argparse.Namespace) -> 'Settings':

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ls_vision.analysis.commands.bench import add_device_arguments, settings
 from ls_vision.analysis.tables import giga, markdown
-from ls_vision.runtime.arguments import parse_memory, positive_int, positive_number
+from ls_vision.runtime.arguments import image_size, parse_memory, positive_int, positive_number
 from ls_vision.runtime.files import check_output, write_text
 
 if TYPE_CHECKING:
@@ -39,7 +39,8 @@ COLUMNS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser._negative_number_matcher = re.compile(r'-\.?\d')  # as in Python 3.14, so that -8GiB is taken for a value
-    parser.add_argument('--img-size', required=True, metavar='SIZE', help='pixels of a side or HEIGHTxWIDTH')
+    parser.add_argument(
+        '--img-size', type=image_size, required=True, metavar='SIZE', help='pixels of a side or HEIGHTxWIDTH')
     parser.add_argument('--memory', metavar='SIZE', help='for example 24GiB or 500MB (default: what is free)')
     parser.add_argument('--train', action='store_true', help='a training step with AdamW; inference without it')
     parser.add_argument('--batch-size', type=positive_int, default=1, metavar='N', help='default: %(default)s')
@@ -65,14 +66,13 @@ def run(args: argparse.Namespace) -> None:
     from ls_vision.analysis.choose import Candidate, Wish, compare
     from ls_vision.analysis.measure import describe_machine
     from ls_vision.analysis.worker import available_memory
-    from ls_vision.analysis.zoo import PUBLISHED, find_models, own_models, parse_size
+    from ls_vision.analysis.zoo import PUBLISHED, find_models, own_models
 
-    size = parse_size(args.img_size)
     names = find_models(args.models) if args.models else list(dict.fromkeys([*own_models(), *PUBLISHED]))
     how = settings(args)
     torch.set_num_threads(how.threads)  # for what is counted in this process
     free = how.memory_limit if args.device == 'cpu' else available_memory(args.device) or 0
-    wish = Wish(size, args.batch_size, 'training' if args.train else 'inference', memory or free)
+    wish = Wish(args.img_size, args.batch_size, 'training' if args.train else 'inference', memory or free)
     candidates = [Candidate(name, wish) for name in names]
     machine = describe_machine(args.device, args.dtype, how.threads)
     try:

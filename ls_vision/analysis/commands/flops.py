@@ -13,6 +13,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ls_vision.analysis.tables import FORMATS, comma_separated, giga, json_lines, markdown
+from ls_vision.runtime.arguments import image_size
 
 if TYPE_CHECKING:
     from ls_vision.analysis.flops import Count
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('models', nargs='+', metavar='MODEL', help='name of a model of this package or of timm')
     parser.add_argument(
-        '--img-size', nargs='+', metavar='SIZE',
+        '--img-size', type=image_size, nargs='+', metavar='SIZE',
         help="pixels of a side or HEIGHTxWIDTH, one or several (default: the model's own size)")
     parser.add_argument('--format', choices=FORMATS, default='markdown', help='output format (default: %(default)s)')
 
@@ -30,12 +31,11 @@ def run(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from ls_vision.analysis.flops import count
-    from ls_vision.analysis.zoo import check_model, default_size, parse_size
+    from ls_vision.analysis.zoo import check_model, default_size
 
-    sizes = [parse_size(text) for text in args.img_size or ()]
     for name in args.models:
         check_model(name)
-    pairs = [(name, size) for name in args.models for size in sizes or [default_size(name)]]
+    pairs = [(name, size) for name in args.models for size in args.img_size or [default_size(name)]]
     counts = [count(*pair) for pair in tqdm(pairs, desc='counting', unit='model', leave=False, disable=None)]
     if args.format == 'markdown':
         print(report(counts))

@@ -12,13 +12,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from ls_vision.analysis.commands.bench import add_measuring_arguments, parse_sizes, settings
+from ls_vision.analysis.commands.bench import add_measuring_arguments, settings
+from ls_vision.runtime.arguments import image_size
 
 MODELS = [
     'vil_ls_medium_linear', 'vil_ls_medium', 'vil_full_medium', 'swin_small_patch4_window7_224',
     'vit_small_patch16_224',
 ]
-SIZES = ['224', '448', '672', '896', '1120']
+SIZES = [(side, side) for side in (224, 448, 672, 896, 1120)]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         'models', nargs='*', default=MODELS, metavar='MODEL',
         help=f'models of this package or of timm (default: {", ".join(MODELS)})')
     parser.add_argument(
-        '--img-size', nargs='+', default=SIZES, metavar='SIZE',
-        help=f'pixels of a side or HEIGHTxWIDTH (default: {" ".join(SIZES)})')
+        '--img-size', type=image_size, nargs='+', default=SIZES, metavar='SIZE',
+        help=f'pixels of a side or HEIGHTxWIDTH (default: {" ".join(str(side) for side, _ in SIZES)})')
     parser.add_argument('--out', type=Path, default=Path('output/scale'), help='output folder (default: %(default)s)')
     parser.add_argument('--resume', action='store_true', help='continue an interrupted run with the same --out')
     add_measuring_arguments(parser, seconds=3., rounds=2)
@@ -35,9 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from ls_vision.analysis import pictures, report, scale
+    from ls_vision.analysis.zoo import check_model
 
     pictures.check_available()
-    points = scale.plan(args.models, parse_sizes(args), args.batch_size, args.mode)
+    for name in args.models:
+        check_model(name)
+    points = scale.plan(args.models, args.img_size, args.batch_size, args.mode)
     results = scale.Results.create(args.out / 'results.json', settings(args), args.resume)
     try:
         scale.measure_points(points, results, args.rounds)
