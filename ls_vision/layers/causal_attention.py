@@ -254,6 +254,8 @@ class CausalLongShortAttention1d(nn.Module):
         if scores is None:
             return None, None
         c, N = self.chunk_size, raw.shape[1]
+        if isinstance(N, torch.SymInt) and state is None and not keep:
+            return self._normalise_summaries([_pool_open(scores, raw, c)], raw.dtype), None
         done: List[Tensor] = []  # (B, h, chunks, r, 2 * d)
         open_part: Optional[Part] = None
         first = 0
@@ -381,3 +383,18 @@ def _pool_chunks(scores: Tensor, tokens: Tensor, chunk_size: int) -> Tensor:
     tokens = tokens.unflatten(1, (num_chunks, chunk_size)).flatten(0, 1)
     sums, _ = summarize(scores, tokens)  # (B * G, h, r, kinds, d)
     return sums.flatten(3).unflatten(0, (B, num_chunks)).transpose(1, 2)
+
+
+def _pool_open(scores: Tensor, tokens: Tensor, chunk_size: int) -> Tensor:
+    """`_pool_chunks` in a graph of open length: of all N // c chunks and of two more, which no query sees.
+
+    With them every length has two chunks or more; tracers make a size of 0 or 1 a constant. Chunks are looked up and
+    summed without a matrix product: exporters can't prove that 8 * (N // 8 + 2) tokens are N // 8 + 2 chunks.
+    """
+    N = scores.shape[1]
+    first = torch.arange(N // chunk_size + 2, device=scores.device)[:, None] * chunk_size
+    index = (first + torch.arange(chunk_size, device=scores.device)).clamp(max=N - 1)  # (G, c)
+    weights = at_least_float32(scores)[:, index].softmax(dim=2)  # (B, G, c, h, r)
+    tokens = at_least_float32(tokens)[:, index].transpose(3, 4)  # (B, G, c, h, kinds, d)
+    sums = (weights[..., None, None] * tokens.unsqueeze(4)).sum(2)  # (B, G, h, r, kinds, d)
+    return sums.flatten(4).transpose(1, 2)

@@ -109,7 +109,8 @@ def dense_causal_attention(
     statistics = statistics_dtype(query)
     q = query.to(statistics).transpose(1, 2) * scale  # (B, h, M, d)
     k, v = pair.to(statistics).permute(2, 0, 3, 1, 4).unbind(0)  # (B, h, L + M, d)
-    S = geometry.num_visible(M - 1)
+    # where the length is open, all of them: those that no query sees are masked
+    S = summaries.shape[1] if isinstance(M, torch.SymInt) else geometry.num_visible(M - 1)
     k_s, v_s = summaries[:, :S].to(statistics).permute(2, 0, 3, 1, 4).unbind(0)  # (B, h, S, d)
     u, v_bias = (t.to(statistics)[None, :, None] for t in (key_bias, position_bias))
     by_distance, by_summary = (  # (h, d, distances)

@@ -114,19 +114,39 @@ def test_generate_from_texts_of_different_lengths():
         model.generate(tokens, 1, key_padding_mask=~padding)
 
 
-def test_exported_classifier_of_open_length():
-    model = SequenceClassifier(3, vocab_size=20, max_length=90, window_size=4, rank=3).eval()
+OPEN = [
+    SequenceClassifier(3, vocab_size=20, max_length=90, window_size=4, rank=3),
+    LanguageModel(20, 16, 2, 2, 32, window_size=8, chunk_size=4),
+    LanguageModel(20, 16, 2, 2, 32, window_size=8, chunk_size=4, max_chunks=3),
+    LanguageModel(20, 16, 2, 2, 32, window_size=8, chunk_rank=0)]
+OPEN_NAMES = ['classifier', 'language model', 'last chunks', 'window alone']
+
+
+@pytest.mark.parametrize('model', OPEN, ids=OPEN_NAMES)
+def test_exported_model_of_open_length(model):
+    model = model.eval()
     example = torch.randint(1, 20, (2, 37))
     program = torch.export.export(
         model, (example,), dynamic_shapes=({0: torch.export.Dim('B', max=64), 1: torch.export.Dim('N', max=90)},))
-    for shape in ((1, 64), (5, 2), (3, 90)):
+    for shape in ((1, 64), (5, 2), (3, 90), (2, 1)):
         tokens = torch.randint(0, 20, shape)
         torch.testing.assert_close(program.module()(tokens), model(tokens))
 
 
+def test_exported_language_model_with_padding():
+    model = LanguageModel(20, 16, 2, 2, 32, window_size=8, chunk_size=4).eval()
+    length = torch.export.Dim('N', max=90)
+    program = torch.export.export(
+        model, (torch.randint(1, 20, (2, 37)), torch.rand(2, 37) < .3), dynamic_shapes=({1: length}, {1: length}))
+    for n in (3, 64):
+        tokens, padding = torch.randint(0, 20, (2, n)), torch.rand(2, n) < .5
+        torch.testing.assert_close(program.module()(tokens, padding), model(tokens, padding))
+
+
 @pytest.mark.slow
-def test_onnx_classifier_of_open_length():
-    model = SequenceClassifier(3, vocab_size=20, max_length=90, window_size=4, rank=3).eval()
+@pytest.mark.parametrize('model', OPEN, ids=OPEN_NAMES)
+def test_onnx_model_of_open_length(model):
+    model = model.eval()
     with torch.no_grad():
         program = torch.onnx.export(
             model, (torch.randint(1, 20, (2, 37)),), dynamo=True, opset_version=20, input_names=['tokens'],
