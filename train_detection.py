@@ -123,7 +123,8 @@ def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
 def create_loader(args: argparse.Namespace, train_set: Annotations, processes: Processes) -> DetectionLoader:
     """Augmented training batches."""
     transform = create_train_transform(
-        args.crop_size, args.crop_scale, args.hflip, args.vflip, args.transpose, args.color_jitter)
+        args.crop_size, args.crop_scale, args.hflip, args.vflip, args.transpose, args.color_jitter,
+        args.photometric_distort)
     dataset = DetectionDataset(train_set, transform, args.detector == 'mask_rcnn', args.crops_per_image, args.skip_bad)
     if len(dataset) < args.batch_size * processes.world_size:
         raise UserError(

@@ -77,6 +77,8 @@ def _add_augmentation_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument('--vflip', type=float, default=0., help='vertical flip probability')
     group.add_argument('--transpose', type=float, default=0., help='probability of exchanging rows and columns')
     group.add_argument('--color-jitter', type=float, default=0., help='brightness, contrast and saturation jitter')
+    group.add_argument('--photometric-distort', type=float, default=0., help="probability of each change of the SSD's "
+                       'colours: brightness, contrast, saturation, hue, order of channels')
 
 
 def _add_evaluation_args(group: argparse._ArgumentGroup) -> None:
@@ -100,6 +102,10 @@ def _check_args(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f'--{name.replace("_", "-")} {value}: must be 1 or more')
+    for name in ('hflip', 'vflip', 'transpose', 'photometric_distort'):
+        value = getattr(args, name)
+        if not 0 <= value <= 1:
+            raise UserError(f'--{name.replace("_", "-")} {value}: must be a probability, from 0 to 1')
     if not 0 < args.crop_scale[0] <= args.crop_scale[1]:
         raise UserError(f'--crop-scale {args.crop_scale}: must be two numbers above 0, the smaller first')
     if args.tile_size is not None and not 0 <= args.tile_overlap < args.tile_size:

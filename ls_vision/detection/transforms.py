@@ -86,6 +86,7 @@ def create_train_transform(
         vflip: float,
         transpose: float,
         color_jitter: float,
+        photometric_distort: float = 0.,
 ) -> Callable[[tv_tensors.Image, dict[str, Any]], Sample]:
     """The augmentation of training images; parts with a probability or strength of 0 are left out."""
     parts: list[nn.Module] = []
@@ -99,5 +100,7 @@ def create_train_transform(
         parts.append(RandomTranspose(transpose))
     if color_jitter:
         parts.append(v2.ColorJitter(color_jitter, color_jitter, color_jitter))
+    if photometric_distort:
+        parts.append(v2.RandomPhotometricDistort(p=photometric_distort))
     parts += [v2.ToDtype({tv_tensors.Image: torch.float32, 'others': None}, scale=True), v2.SanitizeBoundingBoxes()]
     return v2.Compose(parts)

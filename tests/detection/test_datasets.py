@@ -77,6 +77,16 @@ def test_all_of_the_augmentation():
         check(image, target)
 
 
+def test_photometric_distortion_changes_colours_alone():
+    image, target = sample()
+    changed, same = create_train_transform(None, (1., 1.), 0., 0., 0., 0., photometric_distort=1.)(image, target)
+    assert changed.shape == image.shape and torch.equal(same['boxes'], target['boxes'])
+    differences = (changed - image / 255).flatten(1).mean(1)
+    assert differences.unique().numel() == 3  # each channel by something else
+    plain, _ = create_train_transform(None, (1., 1.), 0., 0., 0., 0.)(image, target)
+    torch.testing.assert_close(torch.Tensor(plain), image / 255)
+
+
 def test_dataset(tmp_path):
     annotations = read_annotations(str(write_coco(tmp_path)))
     annotations.images[0].crowd[0] = True

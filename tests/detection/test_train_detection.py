@@ -28,8 +28,8 @@ def config(tmp_path):
         train_annotations=str(write_coco(tmp_path / 'train', 6, size=(160, 128))),
         val_annotations=str(write_coco(tmp_path / 'val', 2, size=(160, 128), seed=1)),
         detector='fcos', model='vil_ls_tiny_linear', model_kwargs=TINY, out_channels=32, strides=[8, 16],
-        crop_size=128, crop_scale=[0.8, 1.25], vflip=0.5, transpose=0.5, color_jitter=0.2, batch_size=2,
-        drop_path=0.2, opt='adamw', lr=2e-3, epochs=2, warmup_epochs=0, sched_on_updates=True, clip_grad=1.,
+        crop_size=128, crop_scale=[0.8, 1.25], vflip=0.5, transpose=0.5, color_jitter=0.2, photometric_distort=0.5,
+        batch_size=2, drop_path=0.2, opt='adamw', lr=2e-3, epochs=2, warmup_epochs=0, sched_on_updates=True, clip_grad=1.,
         model_ema=True, model_ema_decay=0.9, log_interval=1, workers=0, device='cpu',
         output=str(tmp_path / 'output'), experiment='run')
     path = tmp_path / 'config.yaml'
@@ -247,6 +247,8 @@ def test_mask_rcnn_wants_masks_before_training(config, tmp_path):
     (('--model', 'vil_ls_tinny'), 'cannot be built'),
     (('--model', 'local-dir:nowhere'), 'cannot be built: Config file not found: nowhere'),
     (('--crop-scale', '2', '1'), '--crop-scale'),
+    (('--hflip', '1.5'), '--hflip 1.5: must be a probability, from 0 to 1'),
+    (('--photometric-distort', 'nan'), '--photometric-distort nan: must be a probability'),
     (('--max-size', '99'), '--max-size 99: images are resized only with --min-size'),
     (('--model-kwargs', 'in_chans=1'), '--model-kwargs in_chans=1: images are read as RGB'),
     (('--opt-kwargs', 'lr=0.1'), '--opt-kwargs lr=0.1: pass --lr'),
