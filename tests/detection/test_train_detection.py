@@ -29,8 +29,8 @@ def config(tmp_path):
         val_annotations=str(write_coco(tmp_path / 'val', 2, size=(160, 128), seed=1)),
         detector='fcos', model='vil_ls_tiny_linear', model_kwargs=TINY, out_channels=32, strides=[8, 16],
         crop_size=128, crop_scale=[0.8, 1.25], vflip=0.5, transpose=0.5, color_jitter=0.2, photometric_distort=0.5,
-        batch_size=2, drop_path=0.2, opt='adamw', lr=2e-3, epochs=2, warmup_epochs=0, sched_on_updates=True, clip_grad=1.,
-        model_ema=True, model_ema_decay=0.9, log_interval=1, workers=0, device='cpu',
+        batch_size=2, drop_path=0.2, opt='adamw', lr=2e-3, epochs=2, warmup_epochs=0, sched_on_updates=True,
+        clip_grad=1., model_ema=True, model_ema_decay=0.9, log_interval=1, workers=0, device='cpu',
         output=str(tmp_path / 'output'), experiment='run')
     path = tmp_path / 'config.yaml'
     path.write_text(yaml.safe_dump(values))
