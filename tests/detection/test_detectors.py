@@ -160,3 +160,12 @@ def test_maps_of_one_pixel(name):
     model = tiny_detector(name, out_channels=32)
     loss = total(model([torch.rand(3, 32, 32)], [targets([[4., 3., 20., 28.]], (32, 32))]))
     assert loss.isfinite() and len(model.eval()([torch.rand(3, 32, 32)])) == 1
+
+
+@pytest.mark.parametrize('detector', ['fcos', 'retinanet'])
+def test_candidates_grow_with_detections(detector):
+    def build(**kwargs):
+        return build_detector(detector, 'resnet10t', 2, out_channels=32, **kwargs).topk_candidates
+
+    assert build() == 1000 and build(detections_per_img=700) == 7000  # torchvision's ratio
+    assert build(detections_per_img=700, topk_candidates=50) == 50
