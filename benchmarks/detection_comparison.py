@@ -10,8 +10,9 @@ Recipe, detector and data are those of configs/detection/deepforest.yaml, withou
 differs from long-short attention in what its name says. After the warm-up the learning rate stays as it is and the
 averaged weights are evaluated, so that one run shows the precision after any number of updates and after any time.
 Time is that of all threads of the process, for data and updates; evaluation is not counted. All variants of a seed see
-the same crops in the same order, unless the crops are what differs. At the end the detector also reads the whole
-photograph at once.
+the same crops in the same order; with jittered colours instead of distorted ones, these look different. At the end the
+detector also reads the whole photograph at once, with torchvision's 1,000 candidates a level, and with ten for each of
+its detections.
 """
 import argparse
 import functools
@@ -28,6 +29,7 @@ os.environ.setdefault('OMP_WAIT_POLICY', 'passive')  # idle threads sleep, becau
 
 import torch
 import yaml
+from timm.utils import unwrap_model
 from tqdm import tqdm
 from training_runs import add_arguments, dated, interval, publish, run_all, spread
 
@@ -47,6 +49,7 @@ CONFIG = yaml.safe_load((Path(__file__).parents[1] / 'configs' / 'detection' / '
 BASE = 'long-short'
 VARIANTS: dict[str, dict[str, Any]] = {  # what each changes in the config
     BASE: {},
+    'jittered colours': dict(color_jitter=.2, photometric_distort=0.),  # long-short as well, less change of colours
     'window only': dict(model_kwargs={**CONFIG['model_kwargs'], 'rank': 0}),
     'full attention': dict(model_kwargs={**CONFIG['model_kwargs'], 'attn_types': 'full'}),
     'Swin-T': dict(model='swin_tiny_patch4_window7_224', model_kwargs={}),
@@ -83,10 +86,15 @@ def run_case(args: argparse.Namespace, variant: str, seed: int) -> dict[str, Any
                 metrics = score(val_set, find_objects(state.eval_model, val_set, config, processes), config)
                 points.append(dict(updates=len(losses), seconds=seconds, **{name: metrics[name] for name in METRICS}))
     config.tile_size = None
-    whole = score(val_set, find_objects(state.eval_model, val_set, config, processes), config)
+    detector = unwrap_model(state.eval_model)
+    whole = {}
+    for candidates in (detector.topk_candidates, 1000):
+        detector.topk_candidates = candidates
+        metrics = score(val_set, find_objects(state.eval_model, val_set, config, processes), config)
+        whole[str(candidates)] = {name: metrics[name] for name in METRICS}
     result = dict(
-        variant=variant, seed=seed, parameters=sum(p.numel() for p in model.parameters()), points=points,
-        whole={name: whole[name] for name in METRICS}, losses=losses)
+        variant=variant, seed=seed, parameters=sum(p.numel() for p in model.parameters()), points=points, whole=whole,
+        losses=losses)
     write_text(path.with_suffix('.json'), json.dumps(result, indent=1) + '\n')
     return result
 
@@ -124,15 +132,15 @@ def markdown(rows: list[dict[str, Any]], args: argparse.Namespace, name: str) ->
     return '\n\n'.join([
         f'FCOS from scratch on one aerial photograph, tested on another in tiles of {CONFIG["tile_size"]} pixels, at '
         f'most {CONFIG["max_dets"]} detections. AP50: mean over seeds, standard deviation after it. Differences to '
-        f'{BASE} of the same seed, with 95 % confidence intervals (Student\'s t over seeds). The last column is after '
-        'all updates, the whole photograph at once.',
+        f'{BASE} of the same seed, with 95 % confidence intervals (Student\'s t over seeds). The last columns are after '
+        'all updates, the whole photograph at once, by the candidates that are kept at a level.',
         tables(rows, updates, seconds), f'![precision by updates and by time]({name}.png)'])
 
 
 def tables(rows: list[dict[str, Any]], updates: int, seconds: float) -> str:
     """AP50 of each variant after `updates` and after `seconds`."""
     head = ['backbone', 'parameters, M', 'seeds', f'AP50, {updates} updates', f'to {BASE}', 'updates',
-            f'AP50, {seconds:g} s', f'to {BASE}', 'AP50, whole photograph']
+            f'AP50, {seconds:g} s', f'to {BASE}', *(f'whole, {n} candidates' for n in rows[0]['whole'])]
     lines = [f'| {" | ".join(head)} |', '|---' * len(head) + '|']
     for variant in VARIANTS:
         runs = [row for row in rows if row['variant'] == variant]
@@ -145,7 +153,7 @@ def tables(rows: list[dict[str, Any]], updates: int, seconds: float) -> str:
             spread([point['AP50'] for point in after_updates], 3), differences(rows, variant, 'updates', updates),
             f'{statistics.mean(point["updates"] for point in after_time):.0f}',
             spread([point['AP50'] for point in after_time], 3), differences(rows, variant, 'seconds', seconds),
-            spread([row['whole']['AP50'] for row in runs], 3)]) + ' |')
+            *(spread([row['whole'][n]['AP50'] for row in runs], 3) for n in rows[0]['whole'])]) + ' |')
     return '\n'.join(lines)
 
 

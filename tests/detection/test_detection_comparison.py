@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 
 def row(variant, seed, *points):
     points = [dict(updates=u, seconds=s, AP=0., AP50=a, AR=0.) for u, s, a in points]
-    return dict(variant=variant, seed=seed, parameters=10 ** 6, points=points, whole=dict(AP50=.1), losses=[])
+    return dict(variant=variant, seed=seed, parameters=10 ** 6, points=points, whole={'1000': dict(AP50=.1)}, losses=[])
 
 
 def test_equal_updates_and_equal_time_are_different_columns():
