@@ -132,8 +132,8 @@ def markdown(rows: list[dict[str, Any]], args: argparse.Namespace, name: str) ->
     return '\n\n'.join([
         f'FCOS from scratch on one aerial photograph, tested on another in tiles of {CONFIG["tile_size"]} pixels, at '
         f'most {CONFIG["max_dets"]} detections. AP50: mean over seeds, standard deviation after it. Differences to '
-        f'{BASE} of the same seed, with 95 % confidence intervals (Student\'s t over seeds). The last columns are after '
-        'all updates, the whole photograph at once, by the candidates that are kept at a level.',
+        f'{BASE} of the same seed, with 95 % confidence intervals (Student\'s t over seeds). The last columns: the '
+        'whole photograph at once after all updates, by the candidates that are kept at a level.',
         tables(rows, updates, seconds), f'![precision by updates and by time]({name}.png)'])
 
 
