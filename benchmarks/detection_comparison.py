@@ -36,6 +36,7 @@ from training_runs import add_arguments, dated, interval, publish, run_all, spre
 from ls_vision.detection.config import parse_args as parse_training_args
 from ls_vision.detection.engine import DetectionLoader, find_objects, score
 from ls_vision.runtime import randomness
+from ls_vision.runtime.devices import is_out_of_memory
 from ls_vision.runtime.errors import UserError
 from ls_vision.runtime.files import write_text
 from ls_vision.runtime.processes import Processes
@@ -90,8 +91,13 @@ def run_case(args: argparse.Namespace, variant: str, seed: int) -> dict[str, Any
     whole = {}
     for candidates in (detector.topk_candidates, 1000):
         detector.topk_candidates = candidates
-        metrics = score(val_set, find_objects(state.eval_model, val_set, config, processes), config)
-        whole[str(candidates)] = {name: metrics[name] for name in METRICS}
+        try:
+            metrics = score(val_set, find_objects(state.eval_model, val_set, config, processes), config)
+            whole[str(candidates)] = {name: metrics[name] for name in METRICS}
+        except RuntimeError as e:
+            if not is_out_of_memory(e):
+                raise
+            whole[str(candidates)] = None
     result = dict(
         variant=variant, seed=seed, parameters=sum(p.numel() for p in model.parameters()), points=points, whole=whole,
         losses=losses)
@@ -153,7 +159,8 @@ def tables(rows: list[dict[str, Any]], updates: int, seconds: float) -> str:
             spread([point['AP50'] for point in after_updates], 3), differences(rows, variant, 'updates', updates),
             f'{statistics.mean(point["updates"] for point in after_time):.0f}',
             spread([point['AP50'] for point in after_time], 3), differences(rows, variant, 'seconds', seconds),
-            *(spread([row['whole'][n]['AP50'] for row in runs], 3) for n in rows[0]['whole'])]) + ' |')
+            *(spread([row['whole'][n]['AP50'] for row in runs], 3) if all(row['whole'][n] for row in runs)
+              else 'out of memory' for n in rows[0]['whole'])]) + ' |')
     return '\n'.join(lines)
 
 
