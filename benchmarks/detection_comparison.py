@@ -110,8 +110,8 @@ def training_config(path: Path, variant: str, seed: int) -> argparse.Namespace:
     config = {**CONFIG, **VARIANTS[variant]}
     config.pop('initial_backbone')
     config.update(
-        crops_per_image=WARMUP * config['batch_size'], warmup_epochs=1, epochs=10 ** 6, min_lr=config['lr'],
-        workers=0, device='cpu', seed=seed)
+        tile_size=config['crop_size'], crops_per_image=WARMUP * config['batch_size'], warmup_epochs=1,
+        epochs=10 ** 6, min_lr=config['lr'], workers=0, device='cpu', seed=seed)
     file = path.with_suffix('.yaml')
     write_text(file, yaml.safe_dump(config))
     return parse_training_args(['--config', str(file)])
@@ -136,7 +136,7 @@ def path_of(args: argparse.Namespace, variant: str, seed: int) -> Path:
 def markdown(rows: list[dict[str, Any]], args: argparse.Namespace, name: str) -> str:
     updates, seconds = max(args.updates), max(args.seconds)
     return '\n\n'.join([
-        f'FCOS from scratch on one aerial photograph, tested on another in tiles of {CONFIG["tile_size"]} pixels, at '
+        f'FCOS from scratch on one aerial photograph, tested on another in tiles of {CONFIG["crop_size"]} pixels, at '
         f'most {CONFIG["max_dets"]} detections. AP50: mean over seeds, standard deviation after it. Differences to '
         f'{BASE} of the same seed, with 95 % confidence intervals (Student\'s t over seeds). The last columns: the '
         'whole photograph at once after all updates, by the candidates that are kept at a level.',

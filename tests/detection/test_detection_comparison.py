@@ -27,7 +27,7 @@ def test_equal_updates_and_equal_time_are_different_columns():
 
 def test_runs_are_trained_drawn_and_not_repeated(deepforest, tmp_path, monkeypatch, capsys):
     photograph = str(deepforest / 'transfer')
-    small = dict(train_annotations=photograph, val_annotations=photograph, crop_size=64)
+    small = dict(train_annotations=photograph, val_annotations=photograph, crop_size=64, tile_overlap=32)
     monkeypatch.setattr(comparison, 'CONFIG', {**comparison.CONFIG, **small})
     argv = ['--variants', 'long-short', 'window only', '--seeds', '3', '--updates', '1', '2', '--seconds', '.01', '.2',
             '--threads', '1', '--runs', str(tmp_path / 'runs'), '--out', str(tmp_path)]
