@@ -134,7 +134,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser, VARIANTS, 'output/characters', 3000)
+    add_arguments(parser, VARIANTS, 'output/characters', steps=3000)
     parser.add_argument('--data-dir', default='data/austen')
     parser.add_argument('--batch', type=int, default=8)
     parser.add_argument('--segment', type=int, default=512, help='bytes')

@@ -2,7 +2,7 @@
 """Detectors on different backbones, all from scratch: precision after equal updates and after equal processor time.
 
     python -m ls_vision.data.deepforest --data-dir data/deepforest
-    python benchmarks/detection_comparison.py                              # every run; can be interrupted and resumed
+    python benchmarks/detection_comparison.py                              # every run that is not finished
     python benchmarks/detection_comparison.py --variants long-short --seeds 0
     python benchmarks/detection_comparison.py --report                     # table and plot of the finished runs
 
@@ -73,6 +73,11 @@ def run_case(args: argparse.Namespace, variant: str, seed: int) -> dict[str, Any
     loader = train_detection.create_loader(config, train_set, processes)
     model = train_detection.build_model(config, len(train_set.class_names))
     state = train_detection.build_state(config, model, processes, updates_per_epoch=WARMUP)
+
+    def evaluate() -> dict[str, float]:
+        metrics = score(val_set, find_objects(state.eval_model, val_set, config, processes), config)
+        return {name: metrics[name] for name in METRICS}
+
     points: list[dict[str, Any]] = []
     losses: list[float] = []
     seconds, batches = 0., endless(loader)
@@ -84,16 +89,14 @@ def run_case(args: argparse.Namespace, variant: str, seed: int) -> dict[str, Any
             seconds += time.process_time() - begin
             progress.update(min(seconds, progress.total) - progress.n)
             if len(losses) in args.updates or any(before < limit <= seconds for limit in args.seconds):
-                metrics = score(val_set, find_objects(state.eval_model, val_set, config, processes), config)
-                points.append(dict(updates=len(losses), seconds=seconds, **{name: metrics[name] for name in METRICS}))
+                points.append(dict(updates=len(losses), seconds=seconds, **evaluate()))
     config.tile_size = None
     detector = unwrap_model(state.eval_model)
-    whole = {}
+    whole: dict[str, Any] = {}
     for candidates in (detector.topk_candidates, 1000):
         detector.topk_candidates = candidates
         try:
-            metrics = score(val_set, find_objects(state.eval_model, val_set, config, processes), config)
-            whole[str(candidates)] = {name: metrics[name] for name in METRICS}
+            whole[str(candidates)] = evaluate()
         except RuntimeError as e:
             if not is_out_of_memory(e):
                 raise

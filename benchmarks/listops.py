@@ -219,7 +219,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser, VARIANTS, 'output/listops', 5000)
+    add_arguments(parser, VARIANTS, 'output/listops', steps=5000)
     parser.add_argument('--brackets', choices=('closing', 'none'), default='closing')
     parser.add_argument('--batch', type=int, default=32)
     parser.add_argument('--lr', type=float, default=1e-4)

@@ -393,7 +393,7 @@ def draw_sweep(axes: Any, rows: list[dict[str, Any]], variants: dict[int, str]) 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser, VARIANTS, 'output/study', 4000)
+    add_arguments(parser, VARIANTS, 'output/study', steps=4000)
     parser.add_argument('--tasks', nargs='+', choices=TASKS, default=list(TASKS))
     parser.add_argument('--data-dir', default='data/cifar10', metavar='DIR', help='CIFAR-10 as an image folder')
     parser.add_argument('--batch', type=int, default=16, help='images of an update')

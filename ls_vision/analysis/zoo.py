@@ -18,7 +18,6 @@ ImageSize = tuple[int, int]
 """Height and width in pixels."""
 
 
-
 class Published(NamedTuple):
     """ImageNet-1k accuracy in percent as its authors published it, and where."""
     top1: float
