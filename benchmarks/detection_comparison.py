@@ -33,6 +33,7 @@ from timm.utils import unwrap_model
 from tqdm import tqdm
 from training_runs import add_arguments, dated, interval, publish, run_all, spread
 
+from ls_vision.analysis.pictures import check_available
 from ls_vision.detection.config import parse_args as parse_training_args
 from ls_vision.detection.engine import DetectionLoader, find_objects, score
 from ls_vision.runtime import randomness
@@ -183,10 +184,9 @@ def differences(rows: list[dict[str, Any]], variant: str, key: str, limit: float
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """AP50 of every run by updates and by processor time."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as e:
-        raise UserError('the plots need matplotlib: pip install matplotlib') from e
+    check_available()
+    from matplotlib.figure import Figure
+
     path.parent.mkdir(parents=True, exist_ok=True)
     figure = Figure(figsize=(10, 4.5), layout='constrained')
     for axes, key, label in zip(

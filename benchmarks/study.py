@@ -36,6 +36,7 @@ from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 from training_runs import CHECKPOINT_STEPS, add_arguments, dated, interval, publish, run_all, spread, train
 
+from ls_vision.analysis.pictures import check_available
 from ls_vision.analysis.record import record
 from ls_vision.analysis.summaries import use_of_summaries
 from ls_vision.models import LongShortViL
@@ -341,10 +342,9 @@ def change(runs: list[dict[str, Any]], name: str) -> str:
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Learning curves of each task; accuracy by rank and by window."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as e:
-        raise UserError('the plots need matplotlib: pip install matplotlib') from e
+    check_available()
+    from matplotlib.figure import Figure
+
     tasks = tasks_of(rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     for task in tasks:
