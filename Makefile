@@ -34,8 +34,9 @@ browser:  ## a Chromium for the tests of pages, Debian's where there is none
 	@for name in chromium chromium-browser google-chrome google-chrome-stable; do command -v $$name && exit 0; done; \
 	sudo=$$(command -v sudo || true); $$sudo apt-get update -qq && $$sudo apt-get install -qq --no-install-recommends chromium
 
+# a process a core, each with one thread: threads of several processes would wait for each other
 test: install browser  ## the tests that CI runs
-	$(BIN)/python -m pytest -q -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m 'not slow' -n auto --maxprocesses 4
 	$(BIN)/python tests/timm_suite.py vil_ls_tiny cvt_ls_13
 
 test-all: install browser test-timm  ## every test, minutes of work each included

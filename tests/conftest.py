@@ -1,5 +1,4 @@
-"""Seeds every test and keeps torch to the cores that a test machine has."""
-import os
+"""Seeds every test and keeps torch to two threads, or to fewer that the environment names."""
 import sys
 from pathlib import Path
 
@@ -7,7 +6,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
 @pytest.fixture(autouse=True)
