@@ -296,9 +296,9 @@ def markdown(rows: list[dict[str, Any]], name: str) -> str:
         f'{first["steps"]} updates of {first["batch"]} images, AdamW at {first["lr"]:g}, one cycle; width {DIM}, '
         f'{HEADS} heads, window {MODEL["window_size"]} and rank {MODEL["rank"]} where the variant does not say '
         'otherwise. Accuracy in percent: mean over seeds, standard deviation after it. Differences are those to '
-        f'{BASE} of the same seed, with 95 % confidence intervals (Student\'s t over seeds). Three seeds give wide '
-        'ones: 2.5 standard deviations to each side. Effective rank of the summaries\' maps (1 to r) and share of '
-        f'attention on summaries: means over {RECORDED} test images, blocks and heads, before and after training.')
+        f'{BASE} of the same seed, with 95 % confidence intervals (Student\'s t over seeds). Effective rank '
+        'of the summaries\' maps (1 to r) and share of attention on summaries: means over '
+        f'{RECORDED} test images, blocks and heads, before and after training.')
     pictures = [f'![learning curves, {TASKS[task].title}]({name}_{task}_curves.png)' for task in tasks_of(rows)]
     return '\n\n'.join([settings, tables(rows), *pictures, f'![accuracy by rank and by window]({name}_sweeps.png)'])
 
