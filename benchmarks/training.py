@@ -8,21 +8,24 @@
 
 A step is forward, loss and backward, without the optimiser. All models of a case take turns in one process, in a new
 order each round; ratios are those of times of the same round, of which medians and quartiles are printed. `linear` is
-the time of the model's own linear maps alone, forward and backward, over the first contender's whole time: no attention
-can get below it. Shares are self times of one step in PyTorch's profiler, by kind of operation, after a warm-up.
+the time of the model's own linear maps alone, forward and backward, over the first contender's whole time, and `free`
+that of the whole model with the products of its attention left out: no faster attention gets below it. Shares are self
+times of one step in PyTorch's profiler, by kind of operation, after a warm-up.
 
 Results go to benchmarks/results/, a JSON file and a Markdown table, after every case. As without AVX-512:
 
     ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 python benchmarks/training.py
 """
 import argparse
+import contextlib
 import datetime
 import os
 import re
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import timm
 import torch
@@ -33,6 +36,7 @@ from tqdm import tqdm
 
 import ls_vision  # noqa: F401  registers the models
 from ls_vision.analysis.measure import alternate, describe_machine, ratio, spread, write_as_measured
+from ls_vision.layers import full_attention, long_short_attention
 
 LIMITS = ('ONEDNN_MAX_CPU_ISA', 'ATEN_CPU_CAPABILITY', 'MKL_ENABLE_INSTRUCTIONS')
 RESULTS = Path(__file__).parent / 'results'
@@ -158,6 +162,11 @@ class Contender:
 
         return call
 
+    def without_attention(self) -> None:
+        """A call in which local attention costs nothing."""
+        with free_attention():
+            self()
+
     def shares(self) -> dict[str, float]:
         """Parts of the time of a call by kind of operation, in percent."""
         with profile(activities=[ProfilerActivity.CPU]) as record:
@@ -170,6 +179,23 @@ class Contender:
         return {kind: 100 * time / total for kind, time in found.items()}
 
 
+@contextlib.contextmanager
+def free_attention() -> Iterator[None]:
+    """A block in which tokens attend to nothing: outputs are sums of what goes in, so that all of it has gradients.
+
+    Summaries are still computed, and so is what global tokens of long-short attention attend to.
+    """
+    def attend(query: Tensor, pair: Tensor, window: object, additional: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+        return query + pair.sum(3) + additional.sum((1, 2))[:, None, None], query
+
+    def dot_product_attention(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
+        return q + k + v
+
+    with mock.patch.object(long_short_attention, 'attend', attend), \
+            mock.patch.object(full_attention, 'dot_product_attention', dot_product_attention):
+        yield
+
+
 def compare(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     """Times of a case's models in turn, ratios to the others, and where the time of a step goes in the first two."""
     names = (case.model, *case.against)
@@ -178,12 +204,13 @@ def compare(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     calls: dict[str, Callable[[], None]] = dict(contenders)
     if not args.compile:
         calls['linear'] = contenders[case.model].linear_maps()
+        calls['free'] = contenders[case.model].without_attention
     times = alternate(calls, args.seconds)
     profiled = names[:2] if case.mode == 'step' and not args.compile else ()  # a profiler sees others in inference
     return dict(
         **case._asdict(), compiled=args.compile, rounds=len(times[case.model]),
         ratios={name: ratio(times[case.model], times[name]) for name in case.against},
-        linear=None if args.compile else ratio(times['linear'], times[case.against[0]]),
+        **{name: ratio(times[name], times[case.against[0]]) if name in times else None for name in ('linear', 'free')},
         seconds={name: statistics.median(seconds) for name, seconds in times.items()},
         shares={name: contenders[name].shares() for name in profiled})
 
@@ -191,14 +218,16 @@ def compare(case: Case, args: argparse.Namespace) -> dict[str, Any]:
 def markdown(rows: list[dict[str, Any]]) -> str:
     lines = [
         'Time over the time of another model; medians, quartiles in brackets.', '',
-        '| model | pixels | batch | | against | ms | its ms | ratio | linear maps alone | rounds |', '|---' * 10 + '|']
+        '| model | pixels | batch | | against | ms | its ms | ratio | linear maps alone | '
+        'attention left out | rounds |', '|---' * 11 + '|']
     for row in rows:
         for i, name in enumerate(row['against']):
             lines.append(
                 f'| {row["model"]} | {row["img_size"]} | {row["batch"]} | {row["mode"]} | {name} | '
                 f'{row["seconds"][row["model"]] * 1e3:.0f} | {row["seconds"][name] * 1e3:.0f} | '
-                f'{spread(row["ratios"][name])} | {spread(row["linear"]) if row["linear"] and i == 0 else ""} | '
-                f'{row["rounds"]} |')
+                f'{spread(row["ratios"][name])} | '
+                + ''.join(f'{spread(row[floor]) if row[floor] and i == 0 else ""} | ' for floor in ('linear', 'free'))
+                + f'{row["rounds"]} |')
     if any(row['shares'] for row in rows):
         kinds = [*(kind for kind, _ in KINDS), 'other']
         lines += ['', 'Shares of the time, %.', '', f'| model | pixels | batch | | {" | ".join(kinds)} |',

@@ -22,7 +22,7 @@ def arguments(monkeypatch, *options):
 def test_compare(monkeypatch):
     args = arguments(monkeypatch, '--cases', 'vil_ls_tiny_linear,64,1,step,vil_ls_tiny', '--seconds', '0')
     row = training.compare(args.cases[0], args)
-    assert set(row['seconds']) == {'vil_ls_tiny_linear', 'vil_ls_tiny', 'linear'}
+    assert set(row['seconds']) == {'vil_ls_tiny_linear', 'vil_ls_tiny', 'linear', 'free'}
     assert row['linear']['median'] < 1.5  # a part of a model against a whole one
     for shares in row['shares'].values():
         assert sum(shares.values()) == pytest.approx(100)
@@ -37,6 +37,18 @@ def test_a_step_trains_and_inference_does_not(monkeypatch):
         contender()
         grads = [p.grad for p in contender.model.parameters()]
         assert all((grad is not None) == (mode == 'step') for grad in grads)
+
+
+def test_free_attention_gives_every_linear_map_gradients_and_ends(monkeypatch):
+    for name in ('vil_ls_tiny', 'vil_ls_tiny_linear'):
+        contender = training.Contender(name, training.Case(name, 64, 1, 'step', ()), arguments(monkeypatch))
+        contender.model.eval()
+        before = contender.model(contender.images)
+        contender.without_attention()
+        assert all(m.weight.grad is not None for m in contender.model.modules() if isinstance(m, torch.nn.Linear))
+        with training.free_attention():
+            assert not torch.allclose(contender.model(contender.images), before)
+        assert torch.equal(contender.model(contender.images), before)
 
 
 def test_linear_maps_of_a_step_have_gradients(monkeypatch):
