@@ -25,6 +25,7 @@ from training_runs import add_arguments, publish, run_all, spread, train
 
 from ls_vision.data.austen import read_bytes
 from ls_vision.models.language_model import LanguageModel
+from ls_vision.runtime.arguments import positive_int, positive_number
 
 MODEL: dict[str, Any] = dict(dim=128, depth=4, num_heads=4, hidden_dim=512, window_size=64, chunk_size=16)
 VARIANTS: dict[str, dict[str, Any]] = {'long-short': {}, 'window only': dict(chunk_rank=0), 'full': {}}
@@ -136,12 +137,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, VARIANTS, 'output/characters', steps=3000)
     parser.add_argument('--data-dir', default='data/austen')
-    parser.add_argument('--batch', type=int, default=8)
-    parser.add_argument('--segment', type=int, default=512, help='bytes')
-    parser.add_argument('--lr', type=float, default=1e-3)
-    parser.add_argument('--warmup', type=int, default=200, help='updates')
+    parser.add_argument('--batch', type=positive_int, default=8)
+    parser.add_argument('--segment', type=positive_int, default=512, help='bytes')
+    parser.add_argument('--lr', type=positive_number, default=1e-3)
+    parser.add_argument('--warmup', type=positive_int, default=200, help='updates')
     parser.add_argument('--memory', nargs='+', type=int, default=[0, 64, 256, 1024, 4096])
-    parser.add_argument('--evaluate', type=int, default=50_000, help='bytes of validation and of test text')
+    parser.add_argument('--evaluate', type=positive_int, default=50_000, help='bytes of validation and of test text')
     args = parser.parse_args()
     rows = run_all(args, functools.partial(path_of, args), functools.partial(run_variant, args))
     publish(args, 'characters', rows, markdown(rows))

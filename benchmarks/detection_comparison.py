@@ -37,6 +37,7 @@ from ls_vision.analysis.pictures import check_available
 from ls_vision.detection.config import parse_args as parse_training_args
 from ls_vision.detection.engine import DetectionLoader, find_objects, score
 from ls_vision.runtime import randomness
+from ls_vision.runtime.arguments import positive_int, positive_number
 from ls_vision.runtime.devices import is_out_of_memory
 from ls_vision.runtime.errors import UserError
 from ls_vision.runtime.files import write_text
@@ -130,9 +131,9 @@ def endless(loader: DetectionLoader) -> Iterator[Batch]:
 
 
 def path_of(args: argparse.Namespace, variant: str, seed: int) -> Path:
-    """Runs of other lengths lie in other folders and are never mixed with these."""
-    folder = args.runs / f'{max(args.updates)}_updates_{max(args.seconds):g}_seconds'
-    return folder / f'{variant.replace(" ", "-")}_{seed}'
+    """Runs that are evaluated at other points lie in other folders and are never mixed with these."""
+    updates, seconds = ('-'.join(f'{limit:g}' for limit in sorted(limits)) for limits in (args.updates, args.seconds))
+    return args.runs / f'{updates}_updates_{seconds}_seconds' / f'{variant.replace(" ", "-")}_{seed}'
 
 
 # ---- report ----------------------------------------------------------------------------------------------------------
@@ -207,8 +208,9 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, VARIANTS, 'output/detection_comparison')
-    parser.add_argument('--updates', nargs='+', type=int, default=[50, 100], help='evaluate after these')
-    parser.add_argument('--seconds', nargs='+', type=float, default=[60, 120, 180, 240], help='and after these')
+    parser.add_argument('--updates', nargs='+', type=positive_int, default=[50, 100], help='evaluate after these')
+    parser.add_argument('--seconds', nargs='+', type=positive_number, default=[60, 120, 180, 240],
+                        help='and after these')
     args = parser.parse_args(argv)
     try:
         rows = run_all(args, functools.partial(path_of, args), functools.partial(run_case, args))
@@ -220,7 +222,7 @@ def main(argv: list[str] | None = None) -> None:
     except UserError as e:
         sys.exit(f'error: {e}')
     except KeyboardInterrupt:
-        sys.exit(f'\nInterrupted; {args.runs} holds what is done, the same command goes on from there')
+        sys.exit(f'\nInterrupted; {args.runs} holds the finished runs; the same command repeats the one that was cut')
 
 
 if __name__ == '__main__':

@@ -29,6 +29,7 @@ from training_runs import add_arguments, publish, run_all, spread, train
 
 from ls_vision.layers import LongShortAttention1d
 from ls_vision.models.sequence_classifier import SequenceClassifier
+from ls_vision.runtime.arguments import positive_int, positive_number
 
 OPERATORS = ('MIN', 'MAX', 'MED', 'SM')
 # 0 is padding, 1 .. 10 are digits, then the operators
@@ -221,10 +222,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, VARIANTS, 'output/listops', steps=5000)
     parser.add_argument('--brackets', choices=('closing', 'none'), default='closing')
-    parser.add_argument('--batch', type=int, default=32)
-    parser.add_argument('--lr', type=float, default=1e-4)
-    parser.add_argument('--train', type=int, default=96_000, help='samples')
-    parser.add_argument('--test', type=int, default=2000, help='samples')
+    parser.add_argument('--batch', type=positive_int, default=32)
+    parser.add_argument('--lr', type=positive_number, default=1e-4)
+    parser.add_argument('--train', type=positive_int, default=96_000, help='samples')
+    parser.add_argument('--test', type=positive_int, default=2000, help='samples')
     parser.add_argument('--shortest', type=int, default=500, help='lengths are above this one')
     parser.add_argument('--longest', type=int, default=2000, help='lengths are below this one')
     args = parser.parse_args()

@@ -40,6 +40,7 @@ from ls_vision.analysis.pictures import check_available
 from ls_vision.analysis.record import record
 from ls_vision.analysis.summaries import use_of_summaries
 from ls_vision.models import LongShortViL
+from ls_vision.runtime.arguments import positive_int, positive_number
 from ls_vision.runtime.errors import UserError
 
 DIM, HEADS, MLP_RATIO = 32, 2, 2.
@@ -64,6 +65,7 @@ VARIANTS = {name: args for group in GROUPS.values() for name, args in group.item
 BY_RANK = {0: 'window only', 1: 'rank 1', 2: 'rank 2', 4: 'rank 4', 8: BASE, 16: 'rank 16'}
 BY_WINDOW = {0: 'long-range only', 2: BASE, 4: 'window 4', 8: 'window 8'}
 PAGE = Path(__file__).parents[1] / 'docs/study.md'
+TEST_PAIRS = 4000
 RECORDED = 8  # test images whose summaries are looked at
 MEAN, STD = torch.tensor([.4914, .4822, .4465]), torch.tensor([.2470, .2435, .2616])
 
@@ -266,7 +268,8 @@ def path_of(args: argparse.Namespace, case: tuple[str, str], seed: int) -> Path:
 
 def folder_of(args: argparse.Namespace) -> Path:
     """Where the runs of these updates are kept: runs of others are never mixed with them."""
-    return args.runs / f'{args.steps}x{args.batch}_{args.lr:g}'
+    test = '' if args.test_pairs == TEST_PAIRS else f'_{args.test_pairs}_test_pairs'
+    return args.runs / f'{args.steps}x{args.batch}_{args.lr:g}{test}'
 
 
 def run_study(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -371,7 +374,7 @@ def draw_curves(axes: Any, rows: list[dict[str, Any]], variants: Iterable[str]) 
     for variant in variants:
         losses = [row['losses'] for row in rows if row['variant'] == variant]
         if losses:
-            x = CHECKPOINT_STEPS * np.arange(1, len(losses[0]) + 1)
+            x = np.minimum(CHECKPOINT_STEPS * np.arange(1, len(losses[0]) + 1), rows[0]['steps'])
             line, = axes.plot(x, np.mean(losses, axis=0), label=variant)
             axes.fill_between(
                 x, np.min(losses, axis=0), np.max(losses, axis=0), color=line.get_color(), alpha=.15, linewidth=0)
@@ -396,9 +399,9 @@ def main(argv: list[str] | None = None) -> None:
     add_arguments(parser, VARIANTS, 'output/study', steps=4000)
     parser.add_argument('--tasks', nargs='+', choices=TASKS, default=list(TASKS))
     parser.add_argument('--data-dir', default='data/cifar10', metavar='DIR', help='CIFAR-10 as an image folder')
-    parser.add_argument('--batch', type=int, default=16, help='images of an update')
-    parser.add_argument('--lr', type=float, default=2e-3, help='peak learning rate')
-    parser.add_argument('--test-pairs', type=int, default=4000, help='pairs of digits that the test has')
+    parser.add_argument('--batch', type=positive_int, default=16, help='images of an update')
+    parser.add_argument('--lr', type=positive_number, default=2e-3, help='peak learning rate')
+    parser.add_argument('--test-pairs', type=positive_int, default=TEST_PAIRS, help='pairs of digits that the test has')
     parser.add_argument('--publish', action='store_true', help='write the tables into docs/study.md')
     args = parser.parse_args(argv)
     try:

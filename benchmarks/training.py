@@ -22,6 +22,7 @@ import datetime
 import os
 import re
 import statistics
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,7 +37,10 @@ from tqdm import tqdm
 
 import ls_vision  # noqa: F401  registers the models
 from ls_vision.analysis.measure import alternate, describe_machine, ratio, spread, write_as_measured
+from ls_vision.analysis.zoo import build
 from ls_vision.layers import full_attention, long_short_attention
+from ls_vision.runtime.arguments import positive_int, positive_number
+from ls_vision.runtime.errors import UserError
 
 LIMITS = ('ONEDNN_MAX_CPU_ISA', 'ATEN_CPU_CAPABILITY', 'MKL_ENABLE_INSTRUCTIONS')
 RESULTS = Path(__file__).parent / 'results'
@@ -85,18 +89,21 @@ def main() -> None:
         'training_cpu', args.dtype, machine['instructions'].lower().replace(' ', ''),
         *(['compiled'] if args.compile else []), f'{datetime.date.today():%Y-%m-%d}'])
     cases = tqdm([case for case in args.cases if case.mode in args.only], desc='cases', disable=None)
-    write_as_measured(args.out / name, machine, (compare(case, args) for case in cases), markdown)
+    try:
+        write_as_measured(args.out / name, machine, (compare(case, args) for case in cases), markdown)
+    except UserError as e:
+        sys.exit(f'error: {e}')
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--dtype', default='float32', choices=['float32', 'bfloat16'])
-    parser.add_argument('--threads', type=int, default=torch.get_num_threads(), help='of PyTorch')
+    parser.add_argument('--threads', type=positive_int, default=torch.get_num_threads(), help='of PyTorch')
     parser.add_argument('--cases', nargs='+', type=parse_case, default=CASES,
                         metavar='MODEL,PIXELS,BATCH,MODE,MODEL')
     parser.add_argument('--only', nargs='+', choices=MODES, default=MODES)
     parser.add_argument('--compile', action='store_true', help='both sides by torch.compile')
-    parser.add_argument('--seconds', type=float, default=40., help='of timing a case, three rounds or more')
+    parser.add_argument('--seconds', type=positive_number, default=40., help='of timing a case, three rounds or more')
     parser.add_argument('--out', type=Path, default=RESULTS)
     return parser.parse_args()
 
@@ -104,12 +111,14 @@ def parse_args() -> argparse.Namespace:
 def parse_case(text: str) -> Case:
     try:
         model, img_size, batch, mode, *against = text.split(',')
-        if mode in MODES and against and all(timm.is_model(name) for name in (model, *against)):
-            return Case(model, int(img_size), int(batch), mode, tuple(against))
-    except ValueError:
+        names = (model, *against)
+        if mode in MODES and against and len(set(names)) == len(names) and all(map(timm.is_model, names)):
+            return Case(model, positive_int(img_size), positive_int(batch), mode, tuple(against))
+    except (ValueError, argparse.ArgumentTypeError):
         pass
     raise argparse.ArgumentTypeError(
-        f'{text!r}: expected the name of a model, pixels, batch, {" or ".join(MODES)}, and models to compare it with.')
+        f'{text!r}: expected the name of a model, pixels, batch, {" or ".join(MODES)}, and other models to compare it '
+        'with.')
 
 
 class Contender:
@@ -117,8 +126,7 @@ class Contender:
 
     def __init__(self, name: str, case: Case, args: argparse.Namespace):
         torch.manual_seed(0)
-        size = dict(img_size=case.img_size) if name.startswith('swin') else {}
-        self.model: nn.Module = timm.create_model(name, **size).train(case.mode == 'step')
+        self.model = build(name, (case.img_size, case.img_size)).train(case.mode == 'step')
         for module in self.model.modules():
             if isinstance(module, DropPath):
                 module.drop_prob = 0.  # whole blocks would be left out of some rounds

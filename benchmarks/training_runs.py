@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ls_vision.analysis.measure import describe_machine, write
+from ls_vision.runtime.arguments import positive_int
 from ls_vision.runtime.errors import UserError
 from ls_vision.runtime.files import write_text
 
@@ -31,10 +32,10 @@ def add_arguments(
     parser.add_argument('--variants', nargs='+', choices=variants, default=list(variants))
     parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
     if steps is not None:
-        parser.add_argument('--steps', type=int, default=steps)
+        parser.add_argument('--steps', type=positive_int, default=steps)
     parser.add_argument('--runs', type=Path, default=Path(runs))
     parser.add_argument('--out', type=Path, default=RESULTS)
-    parser.add_argument('--threads', type=int, default=torch.get_num_threads())
+    parser.add_argument('--threads', type=positive_int, default=torch.get_num_threads())
     parser.add_argument('--report', action='store_true', help='no training, only the table of finished runs')
 
 

@@ -11,12 +11,12 @@ from tqdm import tqdm
 
 from ls_vision.analysis.flops import count_quickly
 from ls_vision.analysis.memory import count_parameters, inference_memory, training_memory
-from ls_vision.analysis.worker import Point, Settings, visit
+from ls_vision.analysis.worker import FAILURES, Point, Settings, visit
 from ls_vision.analysis.zoo import PUBLISHED, ImageSize, Published, size_name
-from ls_vision.runtime.errors import UserError
+from ls_vision.runtime.errors import UserError, first_line
 
 SMALL = 256 * 256
-"""Pixels of a batch that are measured without a prediction."""
+"""Pixels of one image that are measured without a prediction."""
 
 STEP_SECONDS = 1.5
 """Time of measuring a size that is only a step towards the one that is asked for."""
@@ -150,14 +150,14 @@ def examine(candidate: Candidate, settings: Settings, free: int) -> None:
             if point is None:
                 break
             measure(candidate, point, settings)
-    except UserError as e:
-        candidate.reason = str(e).removeprefix(f'{candidate.model} ')
+    except FAILURES as e:
+        candidate.reason = first_line(e).removeprefix(f'{candidate.model} ')
     candidate.is_examined = True
 
 
 def smaller(point: Point) -> Iterator[Point]:
     """Ever smaller ones, each about a quarter of the pixels: smaller batches down to one image, then smaller images."""
-    while point.batch_size * point.img_size[0] * point.img_size[1] > SMALL:
+    while point.batch_size > 1 or point.img_size[0] * point.img_size[1] > SMALL:
         if point.batch_size > 1:
             point = point._replace(batch_size=max(1, point.batch_size // 4))
         else:

@@ -18,12 +18,13 @@ SIDES = (112, 224, 336)  # multiples of patches of 14 and 16 pixels, and of Swin
 def training_memory(name: str, size: ImageSize, batch_size: int, settings: Settings) -> int:
     """Bytes of a training step at its peak: weights, gradients, AdamW's two moments, and what is saved for backward.
 
-    What is saved is counted in real forward passes of one image, and so depends on the kernels that run here.
+    What is saved is counted in real forward passes of one or two images, and so depends on the kernels that run here.
 
     Raises:
         UserError: The model does not take images of `SIDES` or of the size.
     """
-    saved = {float(side * side): saved_bytes(name, side, settings) for side in SIDES}
+    images = min(batch_size, 2)  # batch norms of a 1 x 1 map want two
+    saved = {float(side * side): saved_bytes(name, side, images, settings) / images for side in SIDES}
     if settings.device == 'cuda':
         torch.cuda.empty_cache()  # other processes measure
     activations = extrapolate(saved, size[0] * size[1], grows_faster(name, (SIDES[1], SIDES[1]), size))
@@ -65,8 +66,8 @@ def count_parameters(name: str, size: ImageSize) -> int:
     return sum(p.numel() for p in build(name, size, device='meta').parameters())
 
 
-def saved_bytes(name: str, side: int, settings: Settings) -> int:
-    """Bytes that the forward pass of a training step on one square image saves for backward, without the weights.
+def saved_bytes(name: str, side: int, batch_size: int, settings: Settings) -> int:
+    """Bytes that the forward pass of a training step on square images saves for backward, without the weights.
 
     They are counted, not kept. A weak reference's address is that of one storage for as long as the reference lives.
     """
@@ -80,7 +81,7 @@ def saved_bytes(name: str, side: int, settings: Settings) -> int:
         if reference.cdata not in weights:
             saved[reference.cdata] = reference, storage.nbytes()
 
-    images = torch.randn(1, 3, side, side, device=settings.device)
+    images = torch.randn(batch_size, 3, side, side, device=settings.device)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda nothing: nothing):
         training_loss(model, images, settings)
     return sum(size for _, size in saved.values())

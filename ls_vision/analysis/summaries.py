@@ -63,9 +63,13 @@ def use_of_summaries(records: Sequence[Record]) -> list[SummaryUse]:
 
 
 def effective_rank(vectors: Tensor) -> float:
-    """How many directions (r, n) vectors span, 1 to r: the participation ratio of their cosines' matrix."""
+    """How many directions (r, n) vectors span, 1 to r: the participation ratio of their cosines' matrix.
+
+    Vectors of zeros do not count; of nothing else, 0.
+    """
     cosines = _cosines(vectors)
-    return float(vectors.shape[0] ** 2 / cosines.square().sum())
+    trace = float(cosines.trace())
+    return trace ** 2 / float(cosines.square().sum()) if trace > 0 else 0.
 
 
 def mean_overlap(vectors: Tensor) -> float:

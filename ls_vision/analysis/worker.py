@@ -20,6 +20,8 @@ from ls_vision.runtime.devices import is_out_of_memory
 from ls_vision.runtime.errors import UserError, first_line
 
 MODES = ('inference', 'training')
+FAILURES = (UserError, AssertionError, MemoryError, RuntimeError, ValueError)
+"""What models raise that cannot run at a size."""
 
 
 class Point(NamedTuple):
@@ -72,7 +74,7 @@ def _work(point: Point, settings: Settings, sender: Connection) -> None:
     threading.Thread(target=_die_with_parent, daemon=True).start()
     try:
         result = measure(point, settings)
-    except (UserError, AssertionError, MemoryError, RuntimeError, ValueError) as e:
+    except FAILURES as e:
         result = dict(status='out of memory') if is_out_of_memory(e) else dict(status='failed', message=first_line(e))
     sender.send(result)
 

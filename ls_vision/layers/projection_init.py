@@ -7,7 +7,7 @@ its own: at the start it is a factor on the scores.
 
 Shapes: C channels, h heads, r rank.
 """
-from typing import Union
+from typing import Sequence, Union
 
 import torch
 from torch import nn
@@ -21,15 +21,30 @@ def check_projection_init(projection_init: Union[float, str, None], dim: int, ra
     """Raises ValueError where `projection_init` is not accepted, or cannot be had at this width."""
     if projection_init is None:
         return
+    if rank == 0:
+        raise ValueError(f'projection_init is {projection_init!r}, expected None with rank 0: nothing to start.')
     if projection_init == ORTHOGONAL:
         if rank > dim:
             raise ValueError(f'projection_init is {ORTHOGONAL!r}, expected a rank of {dim} (dim) or less, got {rank}.')
         return
     is_number = isinstance(projection_init, (int, float)) and not isinstance(projection_init, bool)
-    if not is_number or not 0 < float(projection_init) < float('inf'):
+    if not is_number or not 0 < projection_init <= torch.finfo(torch.float32).max:  # type: ignore[operator]
         raise ValueError(
             f'projection_init is {projection_init!r}, expected None, {ORTHOGONAL!r}, or the standard deviation of the '
             'scores, a number above 0.')
+
+
+def check_has_projection(
+        projection_init: Union[float, str, None],
+        attn_types: Sequence[str],
+        ranks: Sequence[int],
+) -> None:
+    """Raises ValueError where a model is asked to start dynamic projections and no stage has one."""
+    if projection_init is not None and not any(
+            attn_type == 'long-short' and rank > 0 for attn_type, rank in zip(attn_types, ranks)):
+        raise ValueError(
+            f'projection_init is {projection_init!r}, expected None where no stage has a dynamic projection: '
+            f'attn_types {tuple(attn_types)}, rank {tuple(ranks)}.')
 
 
 @torch.no_grad()

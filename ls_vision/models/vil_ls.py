@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..layers import FullAttention2d, LongShortAttention2d
 from ..layers.checks import check_choice
 from ..layers.patch_embed import PatchEmbed
+from ..layers.projection_init import check_has_projection
 from ._builder import build_model, model_cfg
 from ._checkpoint import fetch_released_weights, resize_position_tables, unwrap_state_dict
 from ._hierarchical import ATTN_TYPES, HierarchicalTransformer, per_stage
@@ -82,6 +83,7 @@ class LongShortViL(HierarchicalTransformer):
             rank=rank, num_global_tokens=num_global_tokens)
         for attn_type in attn_types:
             check_choice('attn_types', attn_type, ATTN_TYPES)
+        check_has_projection(projection_init, attn_types, ranks)
 
         def make_embed(i: int, in_chans: int, dim: int, norm_layer: Callable[..., nn.Module]) -> PatchEmbed:
             stride = patch_size if i == 0 else 2
@@ -97,7 +99,8 @@ class LongShortViL(HierarchicalTransformer):
                 return FullAttention2d(feat_size=None if rel_pos_bias is None else feat_size, **args)
             return LongShortAttention2d(
                 window_size=window_sizes[i], rank=ranks[i], rel_pos_bias=rel_pos_bias,
-                global_attention=global_attention, dual_ln=dual_ln, projection_init=projection_init, **args)
+                global_attention=global_attention, dual_ln=dual_ln,
+                projection_init=projection_init if ranks[i] > 0 else None, **args)
 
         super().__init__(
             make_embed=make_embed, make_attention=make_attention, embed_dims=embed_dims, depths=depths,

@@ -153,9 +153,15 @@ def save_args(args: argparse.Namespace, path: Path) -> None:
     write_text(path, yaml.dump(vars(args), Dumper=_Dumper, sort_keys=False, allow_unicode=True))
 
 
+TAKE_NONE = ('color_jitter',)  # numbers of which timm takes None for none
+
+
 def _check_type(path: str, action: argparse.Action, value: Any) -> None:
     """argparse converts and checks only strings; YAML gives typed values."""
-    if value is None or (isinstance(value, str) and action.type is not None):
+    if isinstance(value, str) and action.type is not None:
+        return
+    is_text = action.type in (None, str) and action.nargs in (None, '?')
+    if value is None and (action.default is None or is_text or action.dest in TAKE_NONE):
         return
     if isinstance(action, argparse._StoreTrueAction):
         ok, expected = isinstance(value, bool), 'true or false'

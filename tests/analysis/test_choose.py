@@ -51,6 +51,20 @@ def test_what_takes_too_long_is_estimated(mode, capsys):
     assert mode.capitalize() + ' at 512x1024, batch 1, float32' in out and 'says nothing about 512x1024' in out
 
 
+def test_batches_of_small_images(capsys):
+    run('--img-size', '128', '--batch-size', '8', '--models', 'vil_ls_tiny')
+    assert [row[0] for row in rows_of(capsys.readouterr().out)] == ['vil_ls_tiny']
+
+
+def test_a_model_that_wants_two_images_to_train(capsys):
+    for size in ('320', '64'):
+        run('--img-size', size, '--train', '--models', 'levit_128s', 'vil_ls_tiny')
+        out = capsys.readouterr().out
+        assert [row[0] for row in rows_of(out)] == ['vil_ls_tiny'] and '  levit_128s: Expected more than 1 value' in out
+    settings = SETTINGS._replace(seconds=0.01)
+    assert training_memory('levit_128s', (256, 256), 2, settings) > 4 * 4 * count_parameters('levit_128s', (256, 256))
+
+
 def test_interrupted(monkeypatch, capsys):
     """The models that were finished are printed."""
     measure = choose.measure
@@ -132,7 +146,7 @@ def test_saved_bytes_are_those_that_autograd_keeps():
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = training_loss(model, torch.randn(1, 3, 64, 64), SETTINGS)
     assert loss.requires_grad
-    assert saved_bytes('resnet10t', 64, SETTINGS) == sum(kept[at].nbytes() for at in kept.keys() - own) > 1e6
+    assert saved_bytes('resnet10t', 64, 1, SETTINGS) == sum(kept[at].nbytes() for at in kept.keys() - own) > 1e6
 
 
 @pytest.mark.parametrize('name', ['vil_ls_tiny', 'vit_tiny_patch16_224'])
@@ -142,7 +156,7 @@ def test_predicted_memory_is_near_the_measured_one(name):
     assert len(measured['seconds']) == 1
     assert training_memory(name, (448, 448), 1, SETTINGS) == pytest.approx(measured['memory'], rel=0.25)
     weights = 4 * count_parameters(name, (448, 448))
-    assert measured['memory'] > 3 * weights + saved_bytes(name, 448, SETTINGS)
+    assert measured['memory'] > 3 * weights + saved_bytes(name, 448, 1, SETTINGS)
 
 
 def test_published_accuracy_is_that_of_weights_that_timm_has():

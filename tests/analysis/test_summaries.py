@@ -20,6 +20,7 @@ def test_equal_and_disjoint_vectors():
     assert effective_rank(one.repeat(5, 1)) == pytest.approx(1.) and mean_overlap(one.repeat(5, 1)) == pytest.approx(1.)
     disjoint = torch.eye(5).repeat_interleave(4, dim=1) * torch.arange(1, 6)[:, None]
     assert effective_rank(disjoint) == pytest.approx(5.) and mean_overlap(disjoint) == pytest.approx(0.)
+    assert effective_rank(torch.zeros(3, 4)) == 0. and effective_rank(torch.eye(3)[:, :2]) == pytest.approx(2.)
     pairs = torch.eye(2, 20).repeat(2, 1)  # four vectors in two directions
     assert effective_rank(pairs) == pytest.approx(2.) and mean_overlap(pairs) == pytest.approx(1 / 3)
     assert effective_rank(one) == pytest.approx(1.) and mean_overlap(one) == 1.

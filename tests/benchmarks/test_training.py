@@ -20,7 +20,7 @@ def arguments(monkeypatch, *options):
 
 
 def test_compare(monkeypatch):
-    args = arguments(monkeypatch, '--cases', 'vil_ls_tiny_linear,64,1,step,vil_ls_tiny', '--seconds', '0')
+    args = arguments(monkeypatch, '--cases', 'vil_ls_tiny_linear,64,1,step,vil_ls_tiny', '--seconds', '0.01')
     row = training.compare(args.cases[0], args)
     assert set(row['seconds']) == {'vil_ls_tiny_linear', 'vil_ls_tiny', 'linear', 'free'}
     assert row['linear']['median'] < 1.5  # a part of a model against a whole one
@@ -28,6 +28,11 @@ def test_compare(monkeypatch):
         assert sum(shares.values()) == pytest.approx(100)
         assert shares['linear maps'] > 5
     assert 'vil_ls_tiny_linear | 64 | 1 |' in training.markdown([row])
+
+
+def test_models_of_a_fixed_size_are_built_for_the_size_of_the_case(monkeypatch):
+    case = training.Case('vil_ls_tiny', 64, 1, 'inference', ('vit_tiny_patch16_224',))
+    training.Contender('vit_tiny_patch16_224', case, arguments(monkeypatch))()
 
 
 def test_a_step_trains_and_inference_does_not(monkeypatch):
@@ -62,7 +67,8 @@ def test_linear_maps_of_a_step_have_gradients(monkeypatch):
 
 @pytest.mark.parametrize('text', [
     'vil_ls_tiny', 'vil_ls_tiny,224,8,step', 'vil_ls_tiny,224,8,train,vil_ls_small', 'no_such,224,8,step,vil_ls_tiny',
-    'vil_ls_tiny,big,8,step,vil_ls_small', 'vil_ls_tiny,224,8,step,no_such'])
+    'vil_ls_tiny,big,8,step,vil_ls_small', 'vil_ls_tiny,224,8,step,no_such', 'vil_ls_tiny,0,8,step,vil_ls_small',
+    'vil_ls_tiny,224,0,step,vil_ls_small', 'vil_ls_tiny,224,8,step,vil_ls_tiny'])
 def test_wrong_cases(text):
     with pytest.raises(argparse.ArgumentTypeError, match=text):
         training.parse_case(text)

@@ -61,10 +61,22 @@ def test_summaries_differ_from_the_start():
     assert ranks[None] < 1.5 < 3 < min(ranks[1.], ranks['orthogonal'])
 
 
-@pytest.mark.parametrize('start', [0, -1., float('nan'), float('inf'), True, 'orthogonl', [1.]])
+@pytest.mark.parametrize('start', [0, -1., float('nan'), float('inf'), 10 ** 400, True, 'orthogonl', [1.]])
 def test_wrong_start(start):
     with pytest.raises(ValueError, match=r"projection_init is .*, expected None, 'orthogonal', or .* above 0"):
         timm.create_model('vil_ls_tiny', projection_init=start)
+
+
+def test_nothing_to_start():
+    with pytest.raises(ValueError, match=r'projection_init is 1\.0, expected None with rank 0'):
+        LongShortAttention2d(32, 2, rank=0, projection_init=1.)
+    for name in ('vil_ls_tiny', 'cvt_ls_13'):
+        with pytest.raises(ValueError, match=r'projection_init is 1\.0, expected None where no stage has a dynamic proj'):
+            timm.create_model(name, attn_types='full', projection_init=1.)
+        with pytest.raises(ValueError, match='no stage has a dynamic projection'):
+            timm.create_model(name, rank=0, projection_init='bad')
+    model = timm.create_model('vil_ls_tiny', attn_types='long-short', rank=[8, 0, 8, 8], projection_init=1.)
+    assert [stage.blocks[0].attn.rank for stage in model.stages] == [8, 0, 8, 8]
 
 
 def test_no_more_orthogonal_summaries_than_channels():
