@@ -293,3 +293,12 @@ def test_recipes_build(name, classifier):
     assert max(rates) <= 1 and rates[0] < 0.2 and rates[-1] < 0.02
     if name == 'coco_retinanet_1x':
         assert rates[-1] / rates[500] == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize('name, expected', [
+    ('photometric_distort', 'a number'), ('hflip', 'a number'), ('crop_scale', 'a list of two numbers'),
+    ('batch_size', 'an integer')])
+def test_null_in_the_file_is_one_error(config, name, expected):
+    config.write_text(yaml.dump({**yaml.safe_load(config.read_text()), name: None}))
+    with pytest.raises(SystemExit, match=f'{name}: None is not {expected}'):
+        run(config)
