@@ -207,7 +207,8 @@ def free_attention() -> Iterator[None]:
 def compare(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     """Times of a case's models in turn, ratios to the others, and where the time of a step goes in the first two."""
     names = (case.model, *case.against)
-    torch.compiler.reset()  # else sizes that differ from those of the last case are compiled as open ones
+    if args.compile:
+        torch.compiler.reset()  # else sizes that differ from those of the last case are compiled as open ones
     contenders = {name: Contender(name, case, args) for name in names}
     calls: dict[str, Callable[[], None]] = dict(contenders)
     if not args.compile:

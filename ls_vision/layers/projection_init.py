@@ -7,7 +7,7 @@ its own: at the start it is a factor on the scores.
 
 Shapes: C channels, h heads, r rank.
 """
-from typing import Sequence, Union
+from typing import List, Sequence, Union
 
 import torch
 from torch import nn
@@ -34,17 +34,22 @@ def check_projection_init(projection_init: Union[float, str, None], dim: int, ra
             'scores, a number above 0.')
 
 
-def check_has_projection(
+def starts_of_stages(
         projection_init: Union[float, str, None],
         attn_types: Sequence[str],
         ranks: Sequence[int],
-) -> None:
-    """Raises ValueError where a model is asked to start dynamic projections and no stage has one."""
-    if projection_init is not None and not any(
-            attn_type == 'long-short' and rank > 0 for attn_type, rank in zip(attn_types, ranks)):
+) -> List[Union[float, str, None]]:
+    """A model's start for each stage, None for those without a dynamic projection.
+
+    Raises:
+        ValueError: A start is asked for and no stage has a dynamic projection.
+    """
+    has_projection = [attn_type == 'long-short' and rank > 0 for attn_type, rank in zip(attn_types, ranks)]
+    if projection_init is not None and not any(has_projection):
         raise ValueError(
             f'projection_init is {projection_init!r}, expected None where no stage has a dynamic projection: '
             f'attn_types {tuple(attn_types)}, rank {tuple(ranks)}.')
+    return [projection_init if has else None for has in has_projection]
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..layers import FullAttention2d, LongShortAttention2d
 from ..layers.checks import check_choice
 from ..layers.patch_embed import PatchEmbed
-from ..layers.projection_init import check_has_projection
+from ..layers.projection_init import starts_of_stages
 from ._builder import build_model, model_cfg
 from ._checkpoint import resize_position_tables, unwrap_state_dict
 from ._hierarchical import ATTN_TYPES, HierarchicalTransformer, per_stage
@@ -77,7 +77,7 @@ class LongShortCvT(HierarchicalTransformer):
             rank=rank)
         for attn_type in attn_types:
             check_choice('attn_types', attn_type, ATTN_TYPES)
-        check_has_projection(projection_init, attn_types, ranks)
+        projection_inits = starts_of_stages(projection_init, attn_types, ranks)
 
         def make_embed(i: int, in_chans: int, dim: int, norm_layer: Callable[..., nn.Module]) -> PatchEmbed:
             kernel_size, stride = (patch_size, patch_stride) if i == 0 else (3, 2)
@@ -93,7 +93,7 @@ class LongShortCvT(HierarchicalTransformer):
                 return FullAttention2d(**args)
             return LongShortAttention2d(
                 window_size=window_sizes[i], rank=ranks[i], rel_pos_bias=None, dual_ln=dual_ln,
-                projection_init=projection_init if ranks[i] > 0 else None, **args)
+                projection_init=projection_inits[i], **args)
 
         super().__init__(
             make_embed=make_embed, make_attention=make_attention, embed_dims=embed_dims, depths=depths,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..layers import FullAttention2d, LongShortAttention2d
 from ..layers.checks import check_choice
 from ..layers.patch_embed import PatchEmbed
-from ..layers.projection_init import check_has_projection
+from ..layers.projection_init import starts_of_stages
 from ._builder import build_model, model_cfg
 from ._checkpoint import fetch_released_weights, resize_position_tables, unwrap_state_dict
 from ._hierarchical import ATTN_TYPES, HierarchicalTransformer, per_stage
@@ -83,7 +83,7 @@ class LongShortViL(HierarchicalTransformer):
             rank=rank, num_global_tokens=num_global_tokens)
         for attn_type in attn_types:
             check_choice('attn_types', attn_type, ATTN_TYPES)
-        check_has_projection(projection_init, attn_types, ranks)
+        projection_inits = starts_of_stages(projection_init, attn_types, ranks)
 
         def make_embed(i: int, in_chans: int, dim: int, norm_layer: Callable[..., nn.Module]) -> PatchEmbed:
             stride = patch_size if i == 0 else 2
@@ -100,7 +100,7 @@ class LongShortViL(HierarchicalTransformer):
             return LongShortAttention2d(
                 window_size=window_sizes[i], rank=ranks[i], rel_pos_bias=rel_pos_bias,
                 global_attention=global_attention, dual_ln=dual_ln,
-                projection_init=projection_init if ranks[i] > 0 else None, **args)
+                projection_init=projection_inits[i], **args)
 
         super().__init__(
             make_embed=make_embed, make_attention=make_attention, embed_dims=embed_dims, depths=depths,

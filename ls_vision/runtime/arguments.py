@@ -16,6 +16,8 @@ from .errors import UserError
 from .files import write_text
 from .spelling import did_you_mean
 
+TAKE_NONE = ('color_jitter',)  # numbers with a value by default, of which timm takes None for none
+
 
 class _Loader(yaml.SafeLoader):
     """Reads 1e-8 as a number, as YAML 1.2 does; PyYAML's YAML 1.1 wants 1.0e-8 and takes the rest for text."""
@@ -151,9 +153,6 @@ def read_config(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
 def save_args(args: argparse.Namespace, path: Path) -> None:
     """Write the arguments as a file that `--config` reads back."""
     write_text(path, yaml.dump(vars(args), Dumper=_Dumper, sort_keys=False, allow_unicode=True))
-
-
-TAKE_NONE = ('color_jitter',)  # numbers of which timm takes None for none
 
 
 def _check_type(path: str, action: argparse.Action, value: Any) -> None:
